@@ -1,0 +1,251 @@
+"""Secateur from Python: ``prune`` and ``evaluate``, the two verbs that the command line is a thin skin of.
+
+    result = prune("HuggingFaceTB/SmolLM2-135M-Instruct", PruneConfig(sparsity=0.5), data="c4", out="smaller")
+    result.model, result.records, result.report
+
+``prune`` changes the model it works on. With ``out`` it saves, opens what it has saved again, and fails unless every
+promise is kept; nothing appears at ``out`` before that. Memory: the model once, in host memory, plus what
+``prune/oneshot.py`` and ``evaluate/perplexity.py`` state.
+"""
+
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from secateur.config import Device, Dtype, Method, PruneConfig, config_from_dict
+from secateur.core.plan import Plan
+from secateur.data.sources import Texts, read_texts
+from secateur.data.tokens import check_seq_len, sample_windows, tokenize
+from secateur.errors import ArtefactError, DeviceError, UsageError
+from secateur.evaluate.inspect import inspect
+from secateur.evaluate.perplexity import PerplexityResult, evaluate_text
+from secateur.models.adapter import DecoderAdapter
+from secateur.models.load import Loaded, fingerprint, load
+from secateur.models.save import save, staged
+from secateur.prune.oneshot import BlockRecord, RunOptions, prune_blocks, uniform_plan
+from secateur.report.artefact import promises_of, write_artefact, write_report
+from secateur.report.comparison import Comparison, compare
+from secateur.report.facts import Stopwatch, peak_memory, versions
+from secateur.report.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """The pruned model and everything that was noted on the way."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    records: list[BlockRecord]
+    report: dict[str, Any]
+    """What ``secateur/report.json`` holds."""
+
+
+def prune(
+    model: "str | os.PathLike[str] | PreTrainedModel",
+    config: PruneConfig,
+    data: str | None = None,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    progress: Progress | None = None,
+) -> PruneResult:
+    """Prune a model, given by its source or as an object (then with its tokenizer), which is changed in place.
+
+    ``data`` overrides ``config.data``. ``out`` is a directory that does not exist yet or that an earlier run wrote.
+    """
+    progress = progress or Silent()
+    config = replace(config, data=data or config.data)
+    device = resolve_device(config.device)
+    watch = Stopwatch()
+    with staged(Path(out), overwrite=True) if out is not None else nullcontext() as folder:
+        loaded = _open(model, tokenizer, config.dtype, progress, watch)
+        adapter = DecoderAdapter(loaded.model)
+        plan = _plan(adapter, config)
+        texts, windows = _calibration(loaded, config, progress, watch)
+        with watch.stage("verify"):
+            adapter.verify(windows[:1, :16])
+        options = RunOptions(device, config.batch, config.precision)
+        records = _run(adapter, windows, plan, config.method, options, progress, watch)
+        settled = _settled(config, loaded, device, len(adapter.blocks))
+        report = _report(loaded, settled, plan, records, texts, len(adapter.blocks))
+        if folder is not None:
+            _save(folder, loaded, settled, plan, records, progress, watch)
+        report |= {"out": None if out is None else str(out), "seconds": {**watch.seconds, "total": watch.total}}
+        report["peak_memory_bytes"] = peak_memory()
+        if folder is not None:
+            write_report(folder / "secateur", report)
+    return PruneResult(loaded.model, loaded.tokenizer, records, report)
+
+
+def resolve_device(device: Device) -> str:
+    """What ``auto`` means here; DeviceError where the device asked for is not."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("--device cuda, but torch sees no CUDA device here; use --device cpu or auto")
+    return device
+
+
+def _open(
+    model: "str | os.PathLike[str] | PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    dtype: Dtype,
+    progress: Progress,
+    watch: Stopwatch,
+) -> Loaded:
+    with watch.stage("load"):
+        if isinstance(model, str | os.PathLike):
+            progress.stage(f"load {os.fspath(model)}")
+            return load(os.fspath(model), dtype=dtype)
+        if tokenizer is None:
+            raise UsageError("a model given as an object needs its tokenizer; pass tokenizer=...")
+        model.requires_grad_(False).eval()
+        return Loaded(model, tokenizer, model.name_or_path or type(model).__name__, fingerprint(model))
+
+
+def _plan(adapter: DecoderAdapter, config: PruneConfig) -> Plan:
+    try:
+        return uniform_plan(adapter, config.target, config.block_range(len(adapter.blocks)))
+    except ValueError as error:  # a width that the pattern does not divide
+        raise UsageError(str(error)) from error
+
+
+def _calibration(
+    loaded: Loaded, config: PruneConfig, progress: Progress, watch: Stopwatch
+) -> tuple[Texts, torch.Tensor]:
+    check_seq_len(config.seq_len, getattr(loaded.model.config, "max_position_embeddings", None))
+    progress.stage(f"read {config.data}")
+    with watch.stage("data"):
+        texts = read_texts(config.data, "calibration")
+        generator = torch.Generator().manual_seed(config.seed)
+        return texts, sample_windows(
+            tokenize(texts, loaded.tokenizer), config.samples, config.seq_len, generator=generator
+        )
+
+
+def _run(
+    adapter: DecoderAdapter,
+    windows: torch.Tensor,
+    plan: Plan,
+    method: Method,
+    options: RunOptions,
+    progress: Progress,
+    watch: Stopwatch,
+) -> list[BlockRecord]:
+    records = []
+    progress.stage("prune")
+    with watch.stage("prune"):
+        for record in prune_blocks(adapter, windows, plan, method, options):
+            records.append(record)
+            error = "not pruned" if record.output_error is None else f"output error {record.output_error:.4f}"
+            progress.update(len(records), len(adapter.blocks), f"{record.name}, {error}, {record.seconds:.1f} s")
+    return records
+
+
+def _settled(config: PruneConfig, loaded: Loaded, device: str, total: int) -> PruneConfig:
+    """The config with nothing left to circumstances: no auto, no relative path, blocks by number."""
+    blocks = config.block_range(total)
+    data = str(Path(config.data).resolve()) if Path(config.data).is_file() else config.data
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    fields = {"device": device, "dtype": dtype, "blocks": f"{blocks.start}:{blocks.stop}", "data": data}
+    return config_from_dict({**config.to_dict(), **fields})
+
+
+def _report(
+    loaded: Loaded, config: PruneConfig, plan: Plan, records: list[BlockRecord], texts: Texts, blocks: int
+) -> dict[str, Any]:
+    linears = [linear for record in records for linear in record.linears]
+    notes = [f"{linear.name}: {linear.note}" for linear in linears if linear.note]
+    zeros = sum(linear.sparsity * plan[linear.name].size for linear in linears)
+    errors = [record.output_error for record in records if record.output_error is not None]
+    return {
+        "model": {"source": loaded.source, "class": type(loaded.model).__name__, "fingerprint": loaded.fingerprint},
+        "recipe": config.to_dict(),
+        "pattern": {"short": str(config.target), "words": config.target.words()},
+        "sparsity": {"requested": plan.sparsity, "achieved": zeros / plan.size},
+        "linears": len(linears),
+        "weights": plan.size,
+        "blocks": {"pruned": len(config.block_range(blocks)), "total": blocks},
+        "output_error": {"mean": sum(errors) / len(errors), "last": errors[-1]} if errors else None,
+        "data": {**texts.provenance, "name": texts.name, "samples": config.samples, "seq_len": config.seq_len},
+        "seed": config.seed,
+        "dropped_rows": sum(record.dropped_rows for record in records),
+        "warnings": notes,
+        "versions": versions(),
+    }
+
+
+def _save(
+    folder: Path,
+    loaded: Loaded,
+    config: PruneConfig,
+    plan: Plan,
+    records: list[BlockRecord],
+    progress: Progress,
+    watch: Stopwatch,
+) -> None:
+    progress.stage("save")
+    source = str(Path(loaded.source).resolve()) if Path(loaded.source).exists() else loaded.source
+    promises = promises_of(loaded.model, plan)
+    with watch.stage("save"):
+        save(loaded.model, loaded.tokenizer, folder)
+        write_artefact(folder / "secateur", source=source, config=config, records=records, promises=promises)
+    progress.stage("check what was saved")
+    with watch.stage("inspect"):
+        broken = inspect(folder).broken
+    if broken:
+        raise ArtefactError(f"the saved model breaks {len(broken)} promises, the first: {broken[0]}; nothing was kept")
+
+
+# ---- evaluation
+
+
+def evaluate(
+    model: "str | os.PathLike[str] | PreTrainedModel",
+    data: str | Sequence[str],
+    *,
+    baseline: "str | os.PathLike[str] | PreTrainedModel | None" = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    seq_len: int = 2048,
+    limit: int | None = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch: int = 1,
+    progress: Progress | None = None,
+) -> list[Comparison]:
+    """Perplexity of a model, and of a baseline beside it, on each text. ``limit`` windows of ``seq_len`` at most."""
+    progress = progress or Silent()
+    place = resolve_device(device)
+    texts = [read_texts(name, "evaluation") for name in ([data] if isinstance(data, str) else data)]
+
+    def measure(which: "str | os.PathLike[str] | PreTrainedModel") -> list[PerplexityResult]:
+        loaded = _open(which, tokenizer, dtype, progress, Stopwatch())
+        loaded.model.to(place)
+        results = []
+        for text in texts:
+            progress.stage(f"perplexity of {loaded.source} on {text.name}")
+            results.append(
+                evaluate_text(
+                    loaded.model,
+                    loaded.tokenizer,
+                    text,
+                    seq_len=seq_len,
+                    limit=limit,
+                    batch=batch,
+                    progress=progress.update,
+                )
+            )
+        return results
+
+    results = measure(model)
+    if baseline is None:
+        return [Comparison(result) for result in results]
+    return [compare(result, other) for result, other in zip(results, measure(baseline), strict=True)]

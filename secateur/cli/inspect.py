@@ -1,0 +1,32 @@
+"""``secateur inspect``: is every promise that a directory records kept by the weights in it?"""
+
+from pathlib import Path
+
+import click
+
+from secateur.cli.options import debug_option, emit, json_option, quiet
+
+BROKEN = 1
+
+
+@click.command("inspect")
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--baseline", metavar="MODEL", help="Also check that all that was not pruned is still this model's.")
+@json_option
+@debug_option
+def inspect_(directory: Path, baseline: str | None, as_json: bool) -> int:
+    """Check the saved weights in DIR: sparsity, patterns, finiteness, tied weights.
+
+    The exit code is 1 when a promise recorded in DIR is broken.
+    """
+    from secateur.evaluate.inspect import inspect
+    from secateur.models.load import load
+    from secateur.report.tables import inspect_tables
+
+    quiet()
+    reference = None
+    if baseline is not None:
+        reference = load(baseline, dtype="auto").model.state_dict()
+    found = inspect(directory, reference)
+    emit(as_json, found.to_dict(), *inspect_tables(found))
+    return BROKEN if found.broken else 0

@@ -1,0 +1,47 @@
+"""Options that several verbs share, and how a verb prints."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console, RenderableType
+from rich.text import Text
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of a failure.")
+device_option = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute; auto takes cuda where there is one."
+)
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    help="Type to load the model in; auto keeps the checkpoint's.",
+)
+DATA_HELP = "wikitext2, c4, ptb, embedded, hf:ID[:config][:split][:column], or a .txt, .jsonl or .parquet file."
+PIPE_WIDTH = 140
+"""Columns of a table where stdout is no terminal."""
+
+
+def emit(as_json: bool, data: Any, *parts: RenderableType) -> None:
+    """The result on stdout: JSON, or tables and lines, top to bottom. A line is never folded: it may be a command."""
+    if as_json:
+        click.echo(json.dumps(data, indent=1))
+        return
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, Text))
+
+
+def quiet() -> None:
+    """One progress bar is enough: transformers and datasets keep theirs, and their advice, to themselves."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported, if ever
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

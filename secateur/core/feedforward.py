@@ -1,0 +1,170 @@
+"""A feed-forward network seen as mathematics, and SparseLLM's token-wise updates of its auxiliary variables.
+
+SparseLLM (arXiv:2402.17946) prunes the matrices of an FFN jointly. It gives every token auxiliary variables - z for the
+up projection's output, s for the gate's, p for the down projection's input - and minimises
+
+    F = alpha |z - up(X)|² + alpha |s - gate(X)|² + gamma |p - phi(s) z|² + beta |Y - down(p)|²        (eq. 5)
+
+over one group of unknowns at a time. Given p, z and s, the matrices are pruned least-squares fits (``core.linalg.fit``
+and any layer solver). Given the matrices, every token is independent of every other, and each variable has a closed form or a
+scalar Newton step; those are the functions of this file. Only the ratios of alpha, beta and gamma matter.
+
+Without a gate, z is the pre-activation itself: p ~ phi(z).
+
+T = tokens, D = hidden size, K = inner size of the FFN (h in the paper).
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from secateur.core.activations import Activation
+from secateur.core.linalg import cholesky
+
+
+class Affine(NamedTuple):
+    """y = x Wᵀ + b."""
+
+    W: Float[Tensor, "R C"]
+    b: Float[Tensor, " R"] | None = None
+
+    def __call__(self, X: Float[Tensor, "T C"]) -> Float[Tensor, "T R"]:
+        return X @ self.W.T if self.b is None else torch.addmm(self.b, X, self.W.T)
+
+    def without_bias(self, Y: Float[Tensor, "T R"]) -> Float[Tensor, "T R"]:
+        """Y minus the bias: what W alone has to produce."""
+        return Y if self.b is None else Y - self.b
+
+
+class FeedForward(NamedTuple):
+    """down(phi(up(x))), or down(phi(gate(x)) * up(x)) with a gate."""
+
+    up: Affine
+    down: Affine
+    gate: Affine | None
+    activation: Activation
+
+    def hidden(self, X: Float[Tensor, "T D"]) -> Float[Tensor, "T K"]:
+        """The input of the down projection."""
+        if self.gate is None:
+            return self.activation.f(self.up(X))
+        return self.activation.f(self.gate(X)) * self.up(X)
+
+    def __call__(self, X: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+        return self.down(self.hidden(X))
+
+
+class Penalties(NamedTuple):
+    """Weights of the three kinds of terms of F."""
+
+    alpha: float
+    """On the first matrices: z = up(X), s = gate(X)."""
+    beta: float
+    """On the down projection: Y = down(p)."""
+    gamma: float
+    """On the activation: p = phi(s) z."""
+
+
+class ActivationStep:
+    """argmin over p of gamma |p - a|² + beta |Y - W p|² for many tokens: one D x D factorisation, then products.
+
+    p = a + beta Wᵀ K⁻¹ (Y - W a) with K = gamma I + beta W Wᵀ: the push-through form of
+    (beta WᵀW + gamma I)⁻¹(beta WᵀY + gamma a) (eq. 3), which would need a K x K inverse.
+    """
+
+    def __init__(self, W: Float[Tensor, "D K"], penalties: Penalties) -> None:
+        eye = torch.eye(W.shape[0], device=W.device, dtype=W.dtype)
+        L = cholesky(penalties.gamma * eye + penalties.beta * (W @ W.T), damp=0.0).L
+        self._W = W
+        self._back = penalties.beta * torch.cholesky_solve(W, L)  # beta K⁻¹ W
+
+    def __call__(self, a: Float[Tensor, "T K"], Y: Float[Tensor, "T D"]) -> Float[Tensor, "T K"]:
+        return torch.addmm(a, Y - a @ self._W.T, self._back)
+
+
+def relu_step(m: Float[Tensor, "T K"], p: Float[Tensor, "T K"], penalties: Penalties) -> Float[Tensor, "T K"]:
+    """argmin over z of alpha (z - m)² + gamma (p - max(z, 0))², exactly (eq. 4 and its complete case list)."""
+    alpha, gamma = penalties.alpha, penalties.gamma
+    reach = (1 + gamma / alpha) ** 0.5 - 1
+    active = (m >= 0) | ((p > 0) & (-m <= p * reach))
+    return torch.where(active, ((alpha * m + gamma * p) / (alpha + gamma)).clamp(min=0), m)
+
+
+def up_step(
+    m: Float[Tensor, "T K"], g: Float[Tensor, "T K"], p: Float[Tensor, "T K"], penalties: Penalties
+) -> Float[Tensor, "T K"]:
+    """argmin over z of alpha (z - m)² + gamma (p - g z)² with g = phi(s) (eq. 5 of research notes; exact)."""
+    alpha, gamma = penalties.alpha, penalties.gamma
+    return (alpha * m + gamma * g * p) / (alpha + gamma * g.square())
+
+
+def newton_step(
+    q: Float[Tensor, "T K"],
+    p: Float[Tensor, "T K"],
+    z: Float[Tensor, "T K"] | float,
+    start: Float[Tensor, "T K"],
+    activation: Activation,
+    penalties: Penalties,
+    iterations: int = 2,
+) -> Float[Tensor, "T K"]:
+    """Lower alpha (s - q)² + gamma (p - z phi(s))², elementwise, by damped Gauss-Newton from ``start``.
+
+    With r = p - z phi(s) and J = z phi'(s) the step is (alpha (s - q) - gamma J r) / (alpha + gamma J²), a descent
+    direction since the denominator is at least alpha. It is shortened 4, 16, 64-fold where the objective would rise, and not
+    taken where even that does not help: the objective never increases. (The published two gradient steps of fixed
+    length diverge once |z phi'(s)| exceeds about 4.) z = 1 is the FFN without a gate.
+    """
+    alpha, gamma = penalties.alpha, penalties.gamma
+
+    def cost(s: Tensor, q: Tensor, p: Tensor, z: Tensor | float) -> Tensor:
+        return alpha * (s - q).square() + gamma * (p - z * activation.f(s)).square()
+
+    s, best = start, cost(start, q, p, z)
+    for _ in range(iterations):
+        J = z * activation.df(s)
+        step = (alpha * (s - q) - gamma * J * (p - z * activation.f(s))) / (alpha + gamma * J.square())
+        trial = s - step
+        value = cost(trial, q, p, z)
+        failed = (~(value <= best)).nonzero(as_tuple=True)  # a NaN fails too
+        trial[failed], value[failed] = _shortened(s, step, best, failed, lambda t, i: cost(t, q[i], p[i], _at(z, i)))
+        s, best = trial, value
+    return s
+
+
+def _at(z, index):  # type: ignore[no-untyped-def]
+    return z[index] if isinstance(z, Tensor) else z
+
+
+def _shortened(s, step, best, index, cost):  # type: ignore[no-untyped-def]
+    """For the few elements whose full step failed: the longest of the shorter steps that does not raise the cost."""
+    s, step, best = s[index], step[index], best[index]
+    chosen, value = s.clone(), best.clone()
+    todo = torch.ones_like(s, dtype=torch.bool)
+    for length in (1 / 4, 1 / 16, 1 / 64):
+        trial = s - length * step
+        trial_value = cost(trial, index)
+        good = todo & (trial_value <= best)
+        chosen, value = torch.where(good, trial, chosen), torch.where(good, trial_value, value)
+        todo &= ~good
+    return chosen, value
+
+
+def gradient_step(
+    q: Float[Tensor, "T K"],
+    p: Float[Tensor, "T K"],
+    z: Float[Tensor, "T K"],
+    start: Float[Tensor, "T K"],
+    activation: Activation,
+    penalties: Penalties,
+    iterations: int = 2,
+    rate: float = 0.01,
+) -> Float[Tensor, "T K"]:
+    """The published gate step: ``iterations`` plain gradient steps of fixed length. Diverges on real gated FFNs."""
+    s = start
+    for _ in range(iterations):
+        slope = 2 * penalties.alpha * (s - q)
+        slope -= 2 * penalties.gamma * z * activation.df(s) * (p - z * activation.f(s))
+        s = s - rate * slope
+    return s

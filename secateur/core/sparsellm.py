@@ -1,0 +1,283 @@
+"""SparseLLM (arXiv:2402.17946): prune the matrices of a feed-forward network jointly, not one by one.
+
+Two modes. ``paper`` is the published procedure in streaming form: iteration 0 is the inner solver on every linear, then
+T - 1 rounds refit and re-prune the FFN's matrices on auxiliary variables; the last iterate is kept. ``closed`` closes
+the loop that the paper leaves open: the down projection is fitted to the activation that the pruned network really
+produces, rounds start from realised activations, and the best iterate by true error on held-out tokens is kept, with
+iteration 0 always a candidate.
+
+Everything that is needed of the tokens are Gram and cross-Gram matrices and one D x D solve per round; no pseudo-inverse, no
+K x K inverse, and memory does not grow with the tokens but for X, Y and (paper mode) z and s, which wait wherever the caller
+keeps them: tokens come in chunks, and a chunk is used as it is handed out.
+
+T = tokens of a chunk, D = hidden size, K = inner size of the FFN.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from secateur.core.feedforward import (
+    ActivationStep,
+    Affine,
+    FeedForward,
+    Penalties,
+    gradient_step,
+    newton_step,
+    relu_step,
+    up_step,
+)
+from secateur.core.linalg import fit
+from secateur.core.moments import CrossMoments, Gram
+from secateur.core.pattern import Pattern, Stacked
+from secateur.core.solver import LayerSolver, Needs
+from secateur.core.solvers import ADMM, Solver
+
+Tokens = Sequence[tuple[Float[Tensor, "_ D"], Float[Tensor, "_ D"]]]
+"""Chunks of (X, Y): inputs of the FFN and the outputs it is to have, in float32 on the device of the weights."""
+
+
+@dataclass(frozen=True)
+class SparseLLM:
+    """Options of the block solver."""
+
+    needs: ClassVar[Needs] = "gram"
+
+    inner: Solver = ADMM()
+    """Layer solver that prunes each matrix: attention, and the FFN inside every round."""
+    mode: Literal["closed", "paper"] = "closed"
+    """"closed" is our improved loop, "paper" the published procedure for comparison."""
+    iterations: int = 4
+    """Prunings of each FFN, the first one included (T in the paper); 1 = no alternating rounds."""
+    alpha: float = 1.0
+    """Penalty on the first matrices' outputs; only ratios of the three penalties matter."""
+    beta: float = 1.0
+    """Penalty on the FFN's output."""
+    gamma: float = 1.0
+    """Penalty on the activation."""
+    gate_step: Literal["gauss-newton", "gradient"] = "gauss-newton"
+    """How paper mode updates a gate's pre-activation; "gradient" is the published step, which can diverge."""
+    fit_damp: float = 0.01
+    """Ridge of the least-squares fits towards the original weights, as a fraction of mean(diag H)."""
+    target: Literal["block", "ffn"] = "block"
+    """What closed mode fits the FFN to: the dense block's output minus the pruned residual stream, or the dense FFN."""
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise ValueError(f"iterations counts prunings and is at least 1, got {self.iterations}")
+        if min(self.alpha, self.beta, self.gamma) <= 0 or self.fit_damp < 0:
+            raise ValueError("alpha, beta and gamma must be positive and fit_damp not negative")
+
+    @property
+    def penalties(self) -> Penalties:
+        return Penalties(self.alpha, self.beta, self.gamma)
+
+
+class Patterns(NamedTuple):
+    """Patterns of the FFN's matrices."""
+
+    first: Stacked
+    """Of gate over up, stacked; of up alone without a gate."""
+    down: Pattern
+
+
+class Round(NamedTuple):
+    """One iterate, as the records show it."""
+
+    iteration: int
+    objective: float | None
+    """F per token after the token-wise updates that led to this iterate; None for iteration 0."""
+    error: float
+    """True relative error of the FFN's output on held-out (closed) or all (paper) tokens."""
+    chosen: bool
+
+
+class Refined(NamedTuple):
+    """A pruned FFN, every iterate on the way, and the notes of the solver."""
+
+    ffn: FeedForward
+    rounds: tuple[Round, ...]
+    first_gram: Float[Tensor, "D D"]
+    """Mean Gram matrix of the inputs that the first matrices were pruned for."""
+    down_gram: Float[Tensor, "K K"]
+    """The same of the down projection."""
+    note: str = ""
+
+
+def first_weights(ffn: FeedForward) -> Float[Tensor, "R D"]:
+    """Gate over up, stacked: they share their input, so one Gram matrix and one solve serve both."""
+    return ffn.up.W if ffn.gate is None else torch.cat([ffn.gate.W, ffn.up.W])
+
+
+def with_first(ffn: FeedForward, W: Float[Tensor, "R D"]) -> FeedForward:
+    """The FFN with other first matrices, from their stacked form."""
+    if ffn.gate is None:
+        return ffn._replace(up=Affine(W, ffn.up.b))
+    rows = ffn.gate.W.shape[0]
+    return ffn._replace(gate=Affine(W[:rows], ffn.gate.b), up=Affine(W[rows:], ffn.up.b))
+
+
+def with_down(ffn: FeedForward, W: Float[Tensor, "D K"]) -> FeedForward:
+    return ffn._replace(down=Affine(W, ffn.down.b))
+
+
+def output_error(ffn: FeedForward, tokens: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """|Y - ffn(X)|² / |Y|² over all chunks."""
+    lost = total = 0.0
+    for X, Y in tokens:
+        lost += float((ffn(X) - Y).square().sum())
+        total += float(Y.square().sum())
+    return lost / total if total > 0 else 0.0
+
+
+def input_gram(tokens: Tokens) -> Float[Tensor, "D D"]:
+    gram = Gram.zeros(tokens[0][0].shape[1], tokens[0][0].device, tokens[0][0].dtype)
+    for X, _ in tokens:
+        gram.update(X)
+    return gram.mean()
+
+
+# --------------------------------------------------------------------------------------------------------- closed mode
+
+
+def closed_feedforward(
+    dense: FeedForward, train: Tokens, held: Tokens, patterns: Patterns, options: SparseLLM, solver: LayerSolver
+) -> Refined:
+    """Prune an FFN against targets Y: first matrices, then down on realised activations, then alternating rounds."""
+    H = input_gram(train)
+    first = solver.solve(first_weights(dense), H, patterns.first)
+    ffn, down_gram, note = solve_down(with_first(dense, first.W), dense.down.W, train, patterns, options, solver)
+    rounds = [Round(0, None, output_error(ffn, held), True)]
+    return Refined(ffn, tuple(rounds), H, down_gram, first.note or note)
+
+
+def solve_down(
+    ffn: FeedForward,
+    W0: Float[Tensor, "D K"],
+    tokens: Tokens,
+    patterns: Patterns,
+    options: SparseLLM,
+    solver: LayerSolver,
+) -> tuple[FeedForward, Float[Tensor, "K K"], str]:
+    """The down projection fitted to the targets on the activations that ``ffn`` really produces, then pruned."""
+    D, K = W0.shape
+    gram, residual = Gram.zeros(K, W0.device, W0.dtype), CrossMoments.zeros(D, K, W0.device, W0.dtype)
+    reference = Affine(W0, ffn.down.b)
+    for X, Y in tokens:
+        a = ffn.hidden(X)
+        gram.update(a)
+        residual.update(Y - reference(a), a)
+    H = gram.mean()
+    pruned = solver.solve(fit(W0, H, residual.mean(), options.fit_damp), H, patterns.down)
+    return with_down(ffn, pruned.W), H, pruned.note
+
+
+# ---------------------------------------------------------------------------------------------------------- paper mode
+
+
+class Auxiliary(NamedTuple):
+    """The auxiliary variables of one chunk of tokens."""
+
+    z: Float[Tensor, "T K"]
+    s: Float[Tensor, "T K"] | None
+    """None without a gate."""
+
+
+class FitSums(NamedTuple):
+    """What the next least-squares fits need of all tokens."""
+
+    first: Float[Tensor, "R D"]
+    """Residual cross moments of the first matrices, gate over up: (target - X W0ᵀ)ᵀ X / tokens."""
+    down: Float[Tensor, "D K"]
+    down_gram: Float[Tensor, "K K"]
+    objective: float
+    """F per token."""
+
+
+def paper_feedforward(
+    dense: FeedForward, pruned: FeedForward, tokens: Tokens, patterns: Patterns, options: SparseLLM, solver: LayerSolver
+) -> Refined:
+    """The published rounds, from iteration 0's ``pruned`` FFN (the solver on every matrix alone) to the last iterate.
+
+    z and s start from the dense network and are carried from round to round, as is H of the first matrices.
+    """
+    H = input_gram(tokens)
+    carried = [initial_auxiliary(dense, X) for X, _ in tokens]
+    ffn, note, down_gram = pruned, "", torch.empty(0)
+    rounds = [Round(0, None, output_error(pruned, tokens), options.iterations == 1)]
+    for t in range(1, options.iterations):
+        carried, sums = update_tokens(dense, ffn, tokens, carried, options)
+        down_gram = sums.down_gram
+        first = solver.solve(fit(first_weights(dense), H, sums.first, options.fit_damp), H, patterns.first)
+        down = solver.solve(fit(dense.down.W, down_gram, sums.down, options.fit_damp), down_gram, patterns.down)
+        ffn, note = with_down(with_first(ffn, first.W), down.W), first.note or down.note
+        last = t == options.iterations - 1
+        rounds.append(Round(t, sums.objective, output_error(ffn, tokens), last))
+    return Refined(ffn, tuple(rounds), H, down_gram, note)
+
+
+def initial_auxiliary(dense: FeedForward, X: Float[Tensor, "T D"]) -> Auxiliary:
+    return Auxiliary(dense.up(X), dense.gate(X) if dense.gate else None)
+
+
+def update_tokens(
+    dense: FeedForward, ffn: FeedForward, tokens: Tokens, carried: list[Auxiliary], options: SparseLLM
+) -> tuple[list[Auxiliary], FitSums]:
+    """One pass over the tokens: p, then z, then s of every chunk, and the moments of the fits that follow."""
+    D, K = dense.down.W.shape
+    W0, device, dtype = first_weights(dense), dense.down.W.device, dense.down.W.dtype
+    step = ActivationStep(ffn.down.W, options.penalties)
+    gram, down = Gram.zeros(K, device, dtype), CrossMoments.zeros(D, K, device, dtype)
+    first = CrossMoments.zeros(W0.shape[0], W0.shape[1], device, dtype)
+    updated: list[Auxiliary] = []
+    objective = 0.0
+    for (X, Y), old in zip(tokens, carried, strict=True):
+        Y = ffn.down.without_bias(Y)
+        p = step(activated(ffn, old), Y)
+        new = update_auxiliary(ffn, X, p, old, options)
+        updated.append(new)
+        gram.update(p)
+        down.update(Y - p @ dense.down.W.T, p)
+        first.update(pre_activations(new) - pre_activations(initial_auxiliary(dense, X)), X)
+        objective += chunk_objective(ffn, X, Y, p, new, options.penalties)
+    return updated, FitSums(first.mean(), down.mean(), gram.mean(), objective / gram.tokens)
+
+
+def activated(ffn: FeedForward, aux: Auxiliary) -> Float[Tensor, "T K"]:
+    """phi(s) z, or phi(z) without a gate."""
+    return ffn.activation.f(aux.z) if aux.s is None else ffn.activation.f(aux.s) * aux.z
+
+
+def pre_activations(aux: Auxiliary) -> Float[Tensor, "T R"]:
+    """s beside z, in the order of the stacked first matrices."""
+    return aux.z if aux.s is None else torch.cat([aux.s, aux.z], dim=1)
+
+
+def update_auxiliary(
+    ffn: FeedForward, X: Float[Tensor, "T D"], p: Float[Tensor, "T K"], old: Auxiliary, options: SparseLLM
+) -> Auxiliary:
+    """z by its closed form (Newton for a plain FFN whose phi is not ReLU), then s of a gated one."""
+    penalties, m = options.penalties, ffn.up(X)
+    if ffn.gate is None or old.s is None:
+        if ffn.activation.name == "relu":
+            return Auxiliary(relu_step(m, p, penalties), None)
+        return Auxiliary(newton_step(m, p, 1.0, old.z, ffn.activation, penalties), None)
+    z = up_step(m, ffn.activation.f(old.s), p, penalties)
+    gate_step = newton_step if options.gate_step == "gauss-newton" else gradient_step
+    return Auxiliary(z, gate_step(ffn.gate(X), p, z, old.s, ffn.activation, penalties))
+
+
+def chunk_objective(
+    ffn: FeedForward, X: Tensor, Y: Tensor, p: Float[Tensor, "T K"], aux: Auxiliary, penalties: Penalties
+) -> float:
+    """F of one chunk; Y without the down projection's bias."""
+    first = (aux.z - ffn.up(X)).square().sum()
+    if ffn.gate is not None and aux.s is not None:
+        first = first + (aux.s - ffn.gate(X)).square().sum()
+    coupling = (p - activated(ffn, aux)).square().sum()
+    output = (Y - p @ ffn.down.W.T).square().sum()
+    return float(penalties.alpha * first + penalties.gamma * coupling + penalties.beta * output)

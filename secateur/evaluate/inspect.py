@@ -1,0 +1,233 @@
+"""A saved directory, read tensor by tensor: is every promise of ``secateur/promise.json`` still kept?
+
+Reads the safetensors files themselves and never builds the model: what is checked is what others will load. Memory: one
+tensor at a time, two with a baseline. Any Hugging Face directory can be inspected; without promises the rows only tell
+the sparsity of every matrix.
+
+    {"linears": {WEIGHT NAME: {"pattern": {"kind": ...}, "transposed": bool}, ...},     transposed: stored (in, out)
+     "tied": [[NAME, NAME, ...], ...]}                                                   names that share one tensor
+
+Broken means: a promised weight is missing or no longer follows its pattern, a tensor is not finite, a promised weight
+holds -0.0 (not a clean zero for every consumer), tied weights differ, or a tensor outside the plan is not the
+baseline's.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from secateur.core.pattern import Pattern, check_mask, pattern_from_dict
+from secateur.errors import ArtefactError
+
+PROMISE = Path("secateur") / "promise.json"
+INDEX = "model.safetensors.index.json"
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """The tensors of a directory by name, sharded or not, each read from disk when asked for and not kept."""
+
+    def __init__(self, directory: Path) -> None:
+        if not directory.is_dir():
+            raise ArtefactError(f"no directory {directory}; give a saved Hugging Face directory")
+        self._file_of = _files_of_tensors(directory)
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._file_of[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of  # Mapping's own would read the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+
+@dataclass(frozen=True)
+class Promise:
+    """One planned weight: its pattern, and whether it is stored transposed (Conv1D)."""
+
+    pattern: Pattern
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Promises:
+    """What the prune run wrote into ``promise.json``."""
+
+    linears: dict[str, Promise]
+    tied: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One matrix. ``ok`` is None where nothing was promised; ``why`` says what is wrong."""
+
+    name: str
+    shape: tuple[int, int]
+    """As stored."""
+    zeros: int
+    sparsity: float
+    pattern: str
+    """The promised pattern in short form, "" outside the plan."""
+    ok: bool | None
+    why: str
+
+
+@dataclass
+class Inspection:
+    """What a directory holds, and every promise it breaks, one line each."""
+
+    path: str
+    promised: bool
+    """A ``secateur/promise.json`` was there to check against."""
+    rows: list[Row] = field(default_factory=list)
+    """Every matrix in the order of the files, planned or not."""
+    tensors: int = 0
+    weights: int = 0
+    """Elements of the planned matrices; of all matrices where nothing was promised."""
+    zeros: int = 0
+    """Zeros among them."""
+    finite: bool = True
+    negative_zeros: int = 0
+    """-0.0 in all tensors, planned or not."""
+    tied: list[list[str]] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / self.weights if self.weights else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "sparsity": self.sparsity}
+
+
+def inspect(directory: str | Path, baseline: str | Path | Mapping[str, Tensor] | None = None) -> Inspection:
+    """Read every tensor once and check it. ``baseline``: a directory, or a loaded model's ``state_dict()``."""
+    directory = Path(directory)
+    checkpoint = Checkpoint(directory)
+    promises = _read_promises(directory)
+    base = Checkpoint(Path(baseline)) if isinstance(baseline, str | Path) else baseline
+    linears, tied = (promises.linears, promises.tied) if promises else ({}, [])
+    report = Inspection(str(directory), promised=promises is not None, tied=tied)
+    for name, tensor in checkpoint.items():
+        _look_at(name, tensor, linears.get(name), report)
+        if base is not None and name in base and name not in linears:
+            _compare(name, tensor, base[name], report)
+    report.broken += [f"{name}: promised but not stored" for name in linears if name not in checkpoint]
+    for group in tied:
+        _check_tied(group, checkpoint, directory, report)
+    if base is not None:
+        excused = {name for group in tied for name in group}  # stored once or several times: both are right
+        ours, theirs = set(checkpoint), set(base)
+        report.broken += [f"{name}: only in the baseline" for name in sorted(theirs - ours - excused)]
+        report.broken += [f"{name}: not in the baseline" for name in sorted(ours - theirs - excused)]
+    return report
+
+
+def _look_at(name: str, tensor: Tensor, promise: Promise | None, report: Inspection) -> None:
+    """Counts and checks of one tensor, added to the report."""
+    report.tensors += 1
+    if not tensor.is_floating_point():
+        return
+    zero = tensor == 0
+    negative = int((zero & tensor.signbit()).sum())
+    report.negative_zeros += negative
+    bad = tensor.numel() - int(tensor.isfinite().sum())
+    if bad:
+        report.finite = False
+        report.broken.append(f"{name}: {bad} of {tensor.numel()} values are not finite")
+    if tensor.ndim != 2:
+        return
+    why = _broken_promise(tensor, negative, promise) if promise else None
+    if why:
+        report.broken.append(f"{name}: {why}")
+    zeros, shape = int(zero.sum()), (tensor.shape[0], tensor.shape[1])
+    if promise or not report.promised:
+        report.weights += tensor.numel()
+        report.zeros += zeros
+    pattern, ok = (str(promise.pattern), why is None) if promise else ("", None)
+    report.rows.append(Row(name, shape, zeros, zeros / tensor.numel(), pattern, ok, why or ""))
+
+
+def _broken_promise(W: Tensor, negative: int, promise: Promise) -> str | None:
+    mask = W != 0
+    try:
+        broken = check_mask(mask.T if promise.transposed else mask, promise.pattern)  # stored (in, out) -> (out, in)
+    except ValueError as error:  # the stored shape cannot carry the pattern at all
+        return str(error)
+    return broken or (f"{negative} zeros are -0.0; write +0.0" if negative else None)
+
+
+def _compare(name: str, tensor: Tensor, base: Tensor, report: Inspection) -> None:
+    """Outside the plan a tensor must be the baseline's, after the baseline's cast to the stored dtype."""
+    if not torch.equal(tensor, base.detach().cpu().to(tensor.dtype)):
+        report.broken.append(f"{name}: outside the plan, yet not the baseline's")
+
+
+def _check_tied(group: list[str], checkpoint: Checkpoint, directory: Path, report: Inspection) -> None:
+    """Tied weights are stored once (the loader ties them again, if config.json lets it) or several times, equal."""
+    stored = [name for name in group if name in checkpoint]
+    if not stored:
+        report.broken.append(f"tied {' = '.join(group)}: none of them is stored")
+    elif len(stored) < len(group) and _read_json(directory / "config.json").get("tie_word_embeddings") is False:
+        report.broken.append(f"tied {' = '.join(group)}: only {stored[0]} is stored, and config.json unties it")
+    elif any(not torch.equal(checkpoint[stored[0]], checkpoint[name]) for name in stored[1:]):
+        report.broken.append(f"tied {' = '.join(group)}: they differ")
+
+
+# ---- files
+
+
+def _files_of_tensors(directory: Path) -> dict[str, Path]:
+    """Tensor name -> file, from the files' own headers; a shard that the index names must be there."""
+    files = sorted(directory.glob("*.safetensors"))
+    if (directory / INDEX).is_file():
+        named = set(_read_json(directory / INDEX).get("weight_map", {}).values())
+        if missing := sorted(named - {file.name for file in files}):
+            raise ArtefactError(f"{directory}: {INDEX} names {missing[0]}, which is not there; copy the missing shard")
+        files = [file for file in files if file.name in named]
+    if not files:
+        raise ArtefactError(f"{directory}: no .safetensors file; give a directory that save_pretrained wrote")
+    return {name: file for file in files for name in _names(file)}
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ArtefactError(f"{path}: not a readable safetensors file ({error}); save or copy it again") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"{path}: not readable JSON ({error}); save or copy it again") from error
+    if not isinstance(data, dict):
+        raise ArtefactError(f"{path}: holds a {type(data).__name__}, an object was wanted; save or copy it again")
+    return data
+
+
+def _read_promises(directory: Path) -> Promises | None:
+    path = directory / PROMISE
+    if not path.is_file():
+        return None
+    data = _read_json(path)
+    try:
+        linears = {
+            name: Promise(pattern_from_dict(entry["pattern"]), entry["transposed"])
+            for name, entry in data["linears"].items()
+        }
+        return Promises(linears, data["tied"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ArtefactError(f"{path}: not a promise file ({type(error).__name__}: {error}); prune again") from error

@@ -1,0 +1,307 @@
+"""One decoder, block by block: find the blocks, know what each is called with, replay them, read and write weights.
+
+Nothing here knows an architecture by name. The blocks are *found by observation*: of all lists of same-class modules,
+the largest whose members are called once each, in order, during one forward pass. What each block is called with (mask,
+rotary embedding, positions; they differ from block to block with sliding windows) is captured by letting the model run
+with its blocks replaced by a pass-through, so that it costs the embedding and not the network. Whether a replay really
+equals the model's own forward is for ``verify`` to say, in numbers, before anything is pruned.
+
+Weights are read and written as (out, in), whatever the module: Conv1D of transformers is transposed here and nowhere
+else.
+
+    adapter = DecoderAdapter(model)
+    call = adapter.calls(batch=1, seq_len=2048)
+    hidden = adapter.first_hidden(input_ids)                       # (1, 2048, D), input of block 0
+    for block, c in zip(adapter.blocks, call): hidden = adapter.replay(block, hidden, c)
+
+B = rows of a batch, S = tokens of a row, D = hidden size, R = out_features, C = in_features, V = vocabulary.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from secateur.errors import ModelError
+
+LINEAR_TYPES = (nn.Linear, Conv1D)
+NOT_MATRICES = (nn.Embedding, nn.Conv1d)
+"""Modules whose parameters have two axes or more without being a matrix that multiplies tokens: relative position
+tables, depthwise convolutions along time. They are left as they are."""
+PRUNABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TOLERANCE = 1e-4
+"""Largest difference between replay and forward, relative to the largest hidden activation."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """Everything a block is called with except the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def to(self, device: torch.device | str) -> "Call":
+        """The same call with its tensors on `device`."""
+        return Call(_to(self.args, device), _to(self.kwargs, device))
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What one batch brings to the blocks: the input of block 0 and every block's call, shared by reference."""
+
+    hidden: Float[Tensor, "B S D"]
+    calls: list[Call]
+
+
+class DecoderAdapter:
+    """A decoder seen as a sequence of blocks. Puts the model in eval mode; changes nothing else until `write`."""
+
+    def __init__(self, model: PreTrainedModel):
+        refuse_quantized(model)
+        self.model = model.eval()
+        name, self.blocks, self._returns_tuple = _find_blocks(model, self._tokens(1, 4))
+        self.block_names = [f"{name}.{i}" for i in range(len(self.blocks))]
+        self._calls: dict[tuple[int, int], list[Call]] = {}
+        for block_name, block in zip(self.block_names, self.blocks, strict=True):
+            _refuse_uncovered(block_name, block, self.linears(block))
+        _refuse_tied(model, self.block_names)
+
+    # ------------------------------------------------------------------------------------------------ calls and replay
+
+    def capture(self, input_ids: Int[Tensor, "B S"]) -> Capture:
+        """The input of block 0 and the call of every block for these tokens; costs the embedding only."""
+        seen = self._enter(input_ids, last=len(self.blocks) - 1)
+        return Capture(seen[0][0], [call for _, call in seen])
+
+    def calls(self, batch: int, seq_len: int) -> list[Call]:
+        """The call of every block for rows of this shape, which no token can change (`verify` checks that); cached."""
+        shape = (batch, seq_len)
+        if shape not in self._calls:
+            self._calls[shape] = self.capture(self._tokens(*shape)).calls
+        return self._calls[shape]
+
+    def first_hidden(self, input_ids: Int[Tensor, "B S"]) -> Float[Tensor, "B S D"]:
+        """The input of block 0."""
+        return self._enter(input_ids, last=0)[0][0]
+
+    @torch.no_grad()
+    def replay(self, block: nn.Module | int, hidden: Float[Tensor, "B S D"], call: Call) -> Float[Tensor, "B S D"]:
+        """Run one block. The one place where a block's answer, a tensor or a tuple, becomes hidden states."""
+        block = self.blocks[block] if isinstance(block, int) else block
+        return _hidden_of(block(hidden, *call.args, **call.kwargs))
+
+    @torch.no_grad()
+    def logits(self, input_ids: Int[Tensor, "B S"], hidden: Float[Tensor, "B S D"]) -> Float[Tensor, "B S V"]:
+        """What the model makes of `hidden` after its last block: final norm and head, run by the model itself."""
+
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            return (hidden,) if self._returns_tuple else hidden
+
+        with _replaced_forward(self.blocks, answer):
+            return self.model(input_ids=self._placed(input_ids), use_cache=False)[0]
+
+    @torch.no_grad()
+    def verify(self, input_ids: Int[Tensor, "B S"]) -> float:
+        """Replay everything and compare with the full forward; the largest relative difference, or ModelError."""
+        outputs: list[Tensor] = []
+        with _forward_hooks(self.blocks, lambda block, args, output: outputs.append(_hidden_of(output))):
+            logits = self.model(input_ids=self._placed(input_ids), use_cache=False)[0]
+        hidden, worst = self.first_hidden(input_ids), 0.0
+        for i, call in enumerate(self.calls(*input_ids.shape)):
+            hidden = self.replay(i, hidden, call)
+            worst = max(worst, _checked(f"block {self.block_names[i]}", hidden, outputs[i]))
+        return max(worst, _checked("the head after the last block", self.logits(input_ids, hidden), logits))
+
+    def _enter(self, input_ids: Int[Tensor, "B S"], last: int) -> list[tuple[Tensor, Call]]:
+        """Run the model up to the door of block `last`, blocks passing their input through: what each was given."""
+        seen: list[tuple[Tensor, Call]] = []
+
+        def pass_through(*args: Any, **kwargs: Any) -> Any:
+            seen.append(_split(args, kwargs))
+            if len(seen) > last:
+                raise _AtTheDoorError
+            return (seen[-1][0],) if self._returns_tuple else seen[-1][0]
+
+        with torch.no_grad(), _replaced_forward(self.blocks, pass_through), suppress(_AtTheDoorError):
+            self.model(input_ids=self._placed(input_ids), use_cache=False)
+        return seen
+
+    def _placed(self, input_ids: Int[Tensor, "B S"]) -> Int[Tensor, "B S"]:
+        return input_ids.to(self.model.get_input_embeddings().weight.device)
+
+    def _tokens(self, batch: int, seq_len: int) -> Int[Tensor, "B S"]:
+        """Some tokens, where it does not matter which."""
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        return (torch.arange(seq_len) % vocabulary).expand(batch, -1)
+
+    # -------------------------------------------------------------------------------------------------------- weights
+
+    def linears(self, block: nn.Module) -> dict[str, nn.Module]:
+        """The linears of a block by their name inside it, in order of definition."""
+        return {name: module for name, module in block.named_modules() if isinstance(module, LINEAR_TYPES)}
+
+    def read(self, linear: nn.Module) -> Float[Tensor, "R C"]:
+        """A float32 copy of the weight as (out, in)."""
+        weight = linear.weight.detach()
+        weight = weight.T if isinstance(linear, Conv1D) else weight
+        return weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+    def write(self, linear: nn.Module, W: Float[Tensor, "R C"]) -> None:
+        """Put (out, in) weights back in the linear's own dtype and place; every zero becomes +0.0."""
+        target = linear.weight.detach()
+        target = target.T if isinstance(linear, Conv1D) else target
+        if W.shape != target.shape:
+            raise ValueError(f"weight of shape {tuple(W.shape)} for a linear of shape {tuple(target.shape)} (out, in)")
+        target.copy_(W.to(target.dtype) + 0.0)  # -0.0 + 0.0 = +0.0, after the cast: small values may underflow to -0.0
+
+    def bias(self, linear: nn.Module) -> Float[Tensor, " R"] | None:
+        """A float32 copy of the bias, if the linear has one."""
+        return None if linear.bias is None else linear.bias.detach().to(torch.float32, copy=True)
+
+
+def refuse_quantized(model: PreTrainedModel) -> None:
+    """ModelError for a model whose weights are codes and scales instead of numbers.
+
+    A model read from GGUF may be marked as quantized and have plain weights: there the weights' dtypes decide, below.
+    """
+    quantization = getattr(model.config, "quantization_config", None)
+    if quantization is not None and getattr(quantization, "quant_method", None) != "gguf":
+        raise ModelError(
+            f"{model.config.name_or_path or type(model).__name__} is already quantized; prune the original 16 or 32 "
+            "bit model, then quantize the result"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- observation
+
+
+def _find_blocks(model: PreTrainedModel, input_ids: Int[Tensor, "B S"]) -> tuple[str, list[nn.Module], bool]:
+    """Name and members of the largest list of same-class modules that a forward pass calls once each, in order."""
+    lists = {
+        name: list(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len({type(member) for member in module}) == 1
+    }
+    members = {id(m): m for blocks in lists.values() for m in blocks}
+    called: list[tuple[nn.Module, bool]] = []
+    device = model.get_input_embeddings().weight.device
+    with (
+        torch.no_grad(),
+        _forward_hooks(
+            list(members.values()), lambda module, args, output: called.append((module, isinstance(output, tuple)))
+        ),
+    ):
+        model(input_ids=input_ids.to(device), use_cache=False)
+
+    in_order = {name: blocks for name, blocks in lists.items() if [m for m, _ in called if m in set(blocks)] == blocks}
+    if not in_order:
+        raise ModelError(
+            f"{type(model).__name__} has no list of same-class blocks that run one after the other; "
+            "secateur prunes decoders built of equal blocks"
+        )
+    name = max(in_order, key=lambda name: sum(p.numel() for block in in_order[name] for p in block.parameters()))
+    return name, in_order[name], dict(called)[in_order[name][0]]
+
+
+def _refuse_uncovered(block_name: str, block: nn.Module, linears: dict[str, nn.Module]) -> None:
+    """Fused experts and quantized matrices: parameters which `linears` would miss in silence, or could not read."""
+    uncovered = {}
+    for name, parameter in block.named_parameters():
+        owner = name.rpartition(".")[0]
+        if parameter.ndim >= 2 and owner not in linears and not isinstance(block.get_submodule(owner), NOT_MATRICES):
+            uncovered[name] = parameter
+    if uncovered:
+        described = ", ".join(f"{name} ({'x'.join(map(str, p.shape))})" for name, p in uncovered.items())
+        raise ModelError(
+            f"{block_name} holds matrices outside any linear: {described}; fused experts and the like are not supported"
+            " yet"
+        )
+    for name, linear in linears.items():
+        if linear.weight.dtype not in PRUNABLE_DTYPES:
+            raise ModelError(f"{block_name}.{name} holds {linear.weight.dtype} weights; load the model in 16 or 32 bit")
+
+
+def _refuse_tied(model: PreTrainedModel, block_names: list[str]) -> None:
+    """One parameter under two names: pruning it for one of its uses would change the other."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    prefixes = tuple(f"{name}." for name in block_names)
+    for shared in names.values():
+        for first, second in pairwise(shared):
+            if first.startswith(prefixes) or second.startswith(prefixes):
+                raise ModelError(f"{first} and {second} are one tensor; weights shared by blocks are not supported yet")
+
+
+def _checked(what: str, replayed: Float[Tensor, "..."], expected: Float[Tensor, "..."]) -> float:
+    scale = expected.float().abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    error = ((replayed.float() - expected.float()).abs().max() / scale).item()
+    if not error <= TOLERANCE:
+        raise ModelError(
+            f"replaying {what} differs from the model's own forward by {error:.1e} (at most {TOLERANCE:.0e} wanted); "
+            "this architecture is not supported yet"
+        )
+    return error
+
+
+# ------------------------------------------------------------------------------------------------------------- plumbing
+
+
+class _AtTheDoorError(Exception):
+    """Ends a forward pass that has shown what was wanted of it."""
+
+
+@contextmanager
+def _replaced_forward(modules: list[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """The modules keep their attributes (a model may read them) and answer with `forward`."""
+    own = [vars(module).get("forward") for module in modules]
+    for module in modules:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, previous in zip(modules, own, strict=True):
+            del module.forward
+            if previous is not None:
+                module.forward = previous
+
+
+@contextmanager
+def _forward_hooks(modules: list[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+    """Hidden states are the first argument, or the one of that name; the rest is the call."""
+    if args:
+        return args[0], Call(args[1:], kwargs)
+    return kwargs["hidden_states"], Call((), {name: value for name, value in kwargs.items() if name != "hidden_states"})
+
+
+def _hidden_of(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _to(value: Any, device: torch.device | str) -> Any:
+    match value:
+        case Tensor():
+            return value.to(device)
+        case tuple() | list():
+            return type(value)(_to(item, device) for item in value)
+        case dict():
+            return {key: _to(item, device) for key, item in value.items()}
+        case _:
+            return value

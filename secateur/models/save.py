@@ -1,0 +1,83 @@
+"""Write a model as a normal Hugging Face directory, all of it or nothing.
+
+``staged`` gives a temporary directory beside the wanted one and renames it when everything has been written; a run that
+fails, or is interrupted, leaves what was there before. ``save`` fills such a directory: safetensors (tied embeddings
+once), config, generation config, tokenizer and chat template.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.errors import UsageError
+from secateur.models.quiet import quiet
+
+OWN = "secateur"
+"""The folder inside a saved directory that says it is ours."""
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    """Write model and tokenizer into the existing directory `out`, ready for ``from_pretrained``."""
+    forget_gguf(model)
+    use_cache, model.config.use_cache = model.config.use_cache, True  # `load` turned it off; who generates wants it
+    try:
+        with quiet():
+            model.save_pretrained(out)
+            tokenizer.save_pretrained(out)
+    finally:
+        model.config.use_cache = use_cache
+
+
+def forget_gguf(model: PreTrainedModel) -> None:
+    """A model read from GGUF has plain weights but is marked as quantized; ``save_pretrained`` would refuse it."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantizer.quantization_config.quant_method == "gguf":
+        quantizer.remove_quantization_config(model)
+
+
+@contextmanager
+def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary directory beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
+
+    Only an `out` of our own is ever replaced, with `overwrite`, and only once its successor is complete.
+    """
+    out = Path(os.path.abspath(out.expanduser()))
+    _refuse_occupied(out, overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    stage = out.with_name(f".{out.name}.{uuid4().hex[:8]}.partial")
+    stage.mkdir()
+    try:
+        yield stage
+        _replace(out, stage)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+
+
+def _refuse_occupied(out: Path, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / OWN).is_dir():
+        raise UsageError(f"{out} exists and was not written by secateur; choose a new directory or move this one away")
+    if not overwrite:
+        raise UsageError(f"{out} already holds a pruned model; choose a new directory or allow overwriting it")
+
+
+def _replace(out: Path, stage: Path) -> None:
+    """Rename `stage` to `out`. A directory cannot be renamed onto a full one, so the old one steps aside first."""
+    if not out.exists():
+        stage.rename(out)
+        return
+    aside = stage.with_suffix(".old")
+    out.rename(aside)
+    try:
+        stage.rename(out)
+    except OSError:
+        aside.rename(out)
+        raise
+    shutil.rmtree(aside)

@@ -1,0 +1,135 @@
+"""SparseLLM's closed mode on a whole block: everything is fitted to what the pruned network really produces.
+
+1. Attention inputs (q, k, v) are pruned. 2. The attention is run again; its output projection is fitted to the dense
+block's attention output on the inputs it really gets now, then pruned. 3. The FFN's inputs are taken after that; its
+target is the dense block's output minus the pruned residual stream, so that it absorbs the attention's error too. 4. The
+FFN is pruned by ``core.sparsellm``.
+The cost is two and a half forwards of the block where layer-by-layer pruning needs one, and a copy of the block.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+
+import torch
+from torch import Tensor, nn
+
+from secateur.core.linalg import fit
+from secateur.core.moments import CrossMoments, Gram
+from secateur.core.sparsellm import Refined, SparseLLM, closed_feedforward
+from secateur.prune.ffn import HostTokens, dense_targets, ffn_patterns, ffn_view, refuse_unknown_ffn, write_ffn
+from secateur.prune.layerwise import planned_groups
+from secateur.prune.work import Hidden, Precise, Work, watching
+
+HELD_OUT = 8
+"""One calibration chunk in so many is held out of the FFN's fits and judges its iterates."""
+
+
+def closed(work: Work, options: SparseLLM) -> Refined:
+    """Prune one block; returns what the FFN went through."""
+    refuse_unknown_ffn(work)
+    dense = copy.deepcopy(work.block)
+    outputs, attended = attention_inputs(work, dense, options)
+    attention_output(work, attended, options)
+    X, Y = ffn_tokens(work, dense, outputs, options)
+    return prune_ffn(work, X, Y, options)
+
+
+def attention_inputs(work: Work, dense: nn.Module, options: SparseLLM) -> tuple[Hidden, list[Tensor]]:
+    """Prune what feeds the attention; returns the dense block's outputs and its inputs of the output projection."""
+    out = work.layout.attention_out
+    groups = [g for g in attention_groups(work) if out not in g]
+    device = torch.device(work.options.device)
+    grams = {g: Gram.zeros(work.targets[g[0]].shape[1], device) for g in groups}
+    watchers = {dense.get_submodule(g[0]): gram.update for g, gram in grams.items()}
+    attended: list[Tensor] = []
+    if out in work.targets:
+        watchers[dense.get_submodule(out)] = lambda a: attended.append(a.cpu())
+    with work.forwards("dense forward"), watching(watchers):
+        outputs = [work.run(rows, dense) for rows in work.hidden]
+    solver = Precise(options.inner, work)
+    for g, gram in grams.items():
+        W, pattern = work.stacked(g)
+        H = gram.mean()
+        work.solved(g, W, solver.solve(W, H, pattern), H)
+    return outputs, attended
+
+
+def attention_groups(work: Work) -> list[tuple[str, ...]]:
+    named = {name for group in work.layout.groups if group.part == "attention" for name in group.linears}
+    return [g for g in planned_groups(work) if g[0] in named]
+
+
+class _ReachedError(Exception):
+    """Ends a forward that has shown what was wanted of it."""
+
+
+def attention_output(work: Work, attended: list[Tensor], options: SparseLLM) -> None:
+    """Fit the output projection to the dense attention's output on its real inputs, then prune it."""
+    out = work.layout.attention_out
+    if out not in work.targets:
+        return
+    W0, pattern = work.stacked((out,))
+    R, C = W0.shape
+    gram, residual = Gram.zeros(C, W0.device), CrossMoments.zeros(R, C, W0.device)
+    waiting = iter(attended)
+
+    def see(a: Tensor) -> None:
+        a = a.float()
+        gram.update(a)
+        residual.update((next(waiting).to(a.device).float() - a) @ W0.T, a)  # what W0 now leaves unexplained
+        raise _ReachedError
+
+    with work.forwards("attention forward"), watching({work.linear(out): see}):
+        for rows in work.hidden:
+            with suppress(_ReachedError):
+                work.run(rows)
+    H = gram.mean()
+    pruned = Precise(options.inner, work).solve(fit(W0, H, residual.mean(), options.fit_damp), H, pattern)
+    work.solved((out,), W0, pruned, H)
+
+
+def ffn_tokens(work: Work, dense: nn.Module, outputs: Hidden, options: SparseLLM) -> tuple[Hidden, Hidden]:
+    """Inputs X of the FFN behind the pruned attention, and the targets Y that it is fitted to."""
+    form = work.layout.ffn
+    inputs, residuals = [], []
+    with work.forwards("attention forward"), silenced(work, inputs):
+        for rows in work.hidden:
+            residuals.append(work.run(rows))
+    if options.target == "block" and work.layout.additive:
+        return inputs, [out - residual for out, residual in zip(outputs, residuals, strict=True)]
+    with work.forwards("dense forward"):
+        return inputs, dense_targets(work, ffn_view(work), inputs)
+
+
+@contextmanager
+def silenced(work: Work, inputs: Hidden) -> Iterator[None]:
+    """The block without its FFN: its linears answer zeros at once; what would have entered the FFN is collected."""
+    form = work.layout.ffn
+    names = {form.up.linear, form.down} | ({form.gate.linear} if form.gate else set())
+
+    def zeros(rows: int) -> Callable[[Tensor], Tensor]:
+        return lambda X: X.new_zeros(*X.shape[:-1], rows)
+
+    def collect(X: Tensor) -> None:
+        inputs.append(X.cpu())
+
+    with watching({work.linear(form.up.linear): collect}), ExitStack() as stack:
+        for name in names:
+            linear = work.linear(name)
+            linear.forward = zeros(work.targets[name].shape[0])
+            stack.callback(linear.__dict__.pop, "forward")
+        yield
+
+
+def prune_ffn(work: Work, X: Hidden, Y: Hidden, options: SparseLLM) -> Refined:
+    """Hand the FFN and its tokens to the block solver and write what comes back."""
+    dense = ffn_view(work)
+    held = len(X) // HELD_OUT
+    train = HostTokens(X[held:], Y[held:], work.options.device)
+    test = HostTokens(X[:held] or X, Y[:held] or Y, work.options.device)
+    solver = Precise(options.inner, work)
+    with work.forwards("ffn"):
+        refined = closed_feedforward(dense, train, test, ffn_patterns(work), options, solver)
+    write_ffn(work, dense, refined)
+    return refined

@@ -1,0 +1,97 @@
+"""The FFN of a block as SparseLLM sees it: matrices out of linears, tokens out of host memory, and back."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from secateur.core.activations import ACTIVATIONS
+from secateur.core.feedforward import Affine, FeedForward
+from secateur.core.pattern import Stacked
+from secateur.core.solver import Pruned
+from secateur.core.sparsellm import Patterns, Refined
+from secateur.errors import ModelError
+from secateur.models.layout import FeedForwardForm, Half
+from secateur.prune.work import Hidden, Work
+
+
+def refuse_unknown_ffn(work: Work) -> None:
+    """ModelError where this block's FFN has no form that SparseLLM knows, or is not planned as a whole."""
+    form, name = work.layout.ffn, work.adapter.block_names[work.index]
+    if form is None:
+        raise ModelError(f"{name}: {work.layout.ffn_refusal}; prune it with a layer solver such as admm instead")
+    wanted = {half.linear for half in (form.gate, form.up) if half} | {form.down}
+    if missing := wanted - work.targets.keys():
+        raise ModelError(f"{name}: SparseLLM prunes an FFN as a whole, but the plan lacks {', '.join(sorted(missing))}")
+
+
+def ffn_view(work: Work) -> FeedForward:
+    """The block's FFN as matrices."""
+    form = work.layout.ffn
+
+    def affine(half: Half) -> Affine:
+        linear = work.linear(half.linear)
+        bias = work.adapter.bias(linear)
+        return Affine(
+            work.adapter.read(linear)[half.start : half.stop], None if bias is None else bias[half.start : half.stop]
+        )
+
+    down = work.linear(form.down)
+    return FeedForward(
+        affine(form.up),
+        Affine(work.adapter.read(down), work.adapter.bias(down)),
+        affine(form.gate) if form.gate else None,
+        ACTIVATIONS[form.activation],
+    )
+
+
+class HostTokens(Sequence):
+    """Chunks (X, Y) that wait in host memory and come to the device as float32 when they are asked for."""
+
+    def __init__(self, X: Hidden, Y: Hidden, device: str) -> None:
+        self._X, self._Y, self._device = X, Y, device
+
+    def __len__(self) -> int:
+        return len(self._X)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        if i >= len(self._X):
+            raise IndexError(i)
+        return self._flat(self._X[i]), self._flat(self._Y[i])
+
+    def _flat(self, rows: Tensor) -> Tensor:
+        return rows.to(self._device).flatten(0, -2).float()
+
+
+def dense_targets(work: Work, dense: FeedForward, inputs: Hidden) -> Hidden:
+    """The dense FFN's own outputs on these inputs, where they wait."""
+
+    def output(X: Tensor) -> Tensor:
+        return dense(X.to(work.options.device).flatten(0, -2).float()).view_as(X).to(X.device, X.dtype)
+
+    return [output(X) for X in inputs]
+
+
+def first_linears(form: FeedForwardForm) -> tuple[str, ...]:
+    """The linears of gate and up, in stacked order; one where they are fused."""
+    return tuple(dict.fromkeys(half.linear for half in (form.gate, form.up) if half))
+
+
+def ffn_patterns(work: Work) -> Patterns:
+    form = work.layout.ffn
+    first = tuple((work.targets[name].shape[0], work.targets[name].pattern) for name in first_linears(form))
+    return Patterns(Stacked(first), work.targets[form.down].pattern)
+
+
+def write_ffn(work: Work, dense: FeedForward, refined: Refined) -> None:
+    """The FFN's matrices back into their linears, halves of a fused one put together again; one record each."""
+    form, ffn = work.layout.ffn, refined.ffn
+    halves = [(form.up, dense.up.W, ffn.up.W)]
+    if form.gate and dense.gate and ffn.gate:
+        halves.append((form.gate, dense.gate.W, ffn.gate.W))
+    for name in first_linears(form):
+        rows = sorted(((half.start, W0, W) for half, W0, W in halves if half.linear == name), key=lambda row: row[0])
+        before, after = (torch.cat([row[i] for row in rows]) for i in (1, 2))
+        work.solved((name,), before, Pruned(after, after != 0, refined.note), refined.first_gram)
+    down = Pruned(ffn.down.W, ffn.down.W != 0, refined.note)
+    work.solved((form.down,), dense.down.W, down, refined.down_gram)

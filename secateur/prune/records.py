@@ -1,0 +1,48 @@
+"""What a run tells about itself, block by block: plain values that become lines of records.jsonl."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LinearRecord:
+    """One pruned linear."""
+
+    name: str
+    shape: tuple[int, int]
+    pattern: str
+    sparsity: float
+    """Share of weights that are exactly zero now."""
+    relative_error: float | None
+    """tr(D H Dᵀ) / tr(W0 H W0ᵀ) on the inputs it was pruned for; None where the method looks at no inputs."""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One iterate of SparseLLM's alternating rounds on one FFN."""
+
+    iteration: int
+    objective: float | None
+    error: float
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """One decoder block."""
+
+    index: int
+    name: str
+    seconds: float
+    output_error: float | None
+    """|pruned - dense|² / |dense - input|² of the block's output on the same inputs: share of its work that is lost."""
+    dropped_rows: int
+    """Calibration rows dropped because this block's output was not finite."""
+    linears: tuple[LinearRecord, ...] = ()
+    rounds: tuple[RoundRecord, ...] = ()
+    stages: dict[str, float] = field(default_factory=dict)
+    """Seconds by stage."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "block", **asdict(self)}

@@ -1,0 +1,69 @@
+"""The files of ``OUT/secateur/``: what was asked for, what happened, and what the weights beside it promise.
+
+    recipe.yaml     everything that decides the bytes; running it again gives them again
+    records.jsonl   one line per block
+    report.json     totals, seconds, memory, versions, provenance
+    promise.json    pattern of every pruned weight and which names share one tensor; ``secateur inspect`` checks it
+
+Only records and report hold what changes from run to run (seconds, memory).
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from secateur.config import PruneConfig, dump_recipe
+from secateur.core.pattern import pattern_to_dict
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from secateur.core.plan import Plan
+    from secateur.prune.oneshot import BlockRecord
+
+
+def write_artefact(
+    folder: Path,
+    *,
+    source: str,
+    config: PruneConfig,
+    records: Iterable["BlockRecord"],
+    promises: dict[str, Any],
+) -> None:
+    """All files but the report, which is written last, by ``write_report``."""
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(dump_recipe(source, config), encoding="utf-8")
+    lines = [json.dumps(record.to_dict()) for record in records]
+    (folder / "records.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    (folder / "promise.json").write_text(_json(promises), encoding="utf-8")
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    (folder / "report.json").write_text(_json(report), encoding="utf-8")
+
+
+def promises_of(model: "nn.Module", plan: "Plan") -> dict[str, Any]:
+    """What the saved weights will be held to. Any linear that is not nn.Linear (Conv1D) is stored as (in, out)."""
+    from torch import nn
+
+    linears = {
+        f"{name}.weight": {
+            "pattern": pattern_to_dict(target.pattern),
+            "transposed": not isinstance(model.get_submodule(name), nn.Linear),
+        }
+        for name, target in plan.items()
+    }
+    return {"linears": linears, "tied": _tied(model)}
+
+
+def _tied(model: "nn.Module") -> list[list[str]]:
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, indent=1) + "\n"

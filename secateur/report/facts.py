@@ -1,0 +1,40 @@
+"""Facts about a run that its report states: seconds of each stage, peak memory, versions."""
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+
+
+class Stopwatch:
+    """Wall seconds of named stages, in the order in which they ran."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+
+    @property
+    def total(self) -> float:
+        return round(sum(self.seconds.values()), 3)
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this process has held in memory since it began (the kernel counts kB, macOS bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    """Whatever decides the bytes of a result."""
+    packages = {name: version(name) for name in ("secateur", "torch", "transformers")}
+    return packages | {"python": platform.python_version()}

@@ -1,0 +1,247 @@
+"""The verbs from end to end on a model of 18,000 weights: what is printed, what is saved, what can be relied on."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from secateur.config import METHODS
+
+SMALL = ["--samples", "4", "--seq-len", "32"]
+
+
+@pytest.fixture(scope="module")
+def pruned(run, model_dir, text_file, tmp_path_factory):
+    """OUT of one run at 2:4, and what the run said."""
+    out = tmp_path_factory.mktemp("runs") / "out"
+    ran = run("prune", model_dir, "--pattern", "2:4", "--data", text_file, *SMALL, "--out", out)
+    assert ran.code == 0, ran.err
+    return out, ran
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What the promise of same bytes is about: all but the two files that hold times."""
+    timed = {"records.jsonl", "report.json"}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in timed
+    }
+
+
+def test_out_is_a_hugging_face_directory(pruned):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out, _ = pruned
+    model = AutoModelForCausalLM.from_pretrained(out)
+    weight = model.model.layers[0].mlp.gate_proj.weight
+    assert int((weight.reshape(-1, 4) == 0).sum(dim=1).min()) == 2
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert AutoTokenizer.from_pretrained(out).chat_template == "{{ messages }}"
+    assert (out / "generation_config.json").is_file()
+
+
+def test_out_says_what_was_done(pruned, model_dir, text_file):
+    out, _ = pruned
+    report = json.loads((out / "secateur" / "report.json").read_text())
+    assert report["sparsity"] == {"requested": 0.5, "achieved": 0.5}
+    assert report["pattern"]["words"].startswith("keep 2 of every 4")
+    assert report["blocks"] == {"pruned": 2, "total": 2}
+    assert report["data"]["sha256"]
+    assert report["data"]["samples"] == 4
+    assert set(report["versions"]) == {"secateur", "torch", "transformers", "python"}
+    assert set(report["seconds"]) == {"load", "data", "verify", "prune", "save", "inspect", "total"}
+    assert report["peak_memory_bytes"] > 1e8
+    assert report["model"]["fingerprint"]
+    lines = (out / "secateur" / "records.jsonl").read_text().splitlines()
+    assert [json.loads(line)["name"] for line in lines] == ["model.layers.0", "model.layers.1"]
+    recipe = (out / "secateur" / "recipe.yaml").read_text()
+    for word in (str(model_dir), str(text_file), "device: cpu", "dtype: float32", "blocks: 0:2", "name: admm"):
+        assert word in recipe
+
+
+def test_what_is_printed(pruned, model_dir):
+    out, ran = pruned
+    assert "keep 2 of every 4 weights" in ran.out
+    assert "50.00 % asked, 50.00 % achieved" in ran.out
+    assert f"secateur eval {out} --baseline {model_dir} --data wikitext2 --seq-len 32" in ran.out
+    assert "prune 2/2, model.layers.1" in ran.err, "progress belongs on stderr"
+    assert "left 0:00:00" in ran.err
+
+
+def test_the_saved_recipe_gives_the_same_bytes(pruned, run, tmp_path):
+    out, _ = pruned
+    ran = run("prune", "--recipe", out / "secateur" / "recipe.yaml", "--out", tmp_path / "again")
+    assert ran.code == 0, ran.err
+    assert files(tmp_path / "again") == files(out)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_prunes_and_keeps_its_promises(method, run, model_dir, text_file, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--method", method, "--sparsity", "0.6", "--data", text_file, *SMALL, "--out", out]
+    ran = run("prune", model_dir, *flags, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["recipe"]["method"]["name"] == method
+    assert ran.json["sparsity"]["achieved"] == pytest.approx(0.6, abs=1e-3)
+    assert run("inspect", out).code == 0
+
+
+def test_only_the_chosen_blocks(run, model_dir, text_file, tmp_path):
+    flags = ["--method", "magnitude", "--sparsity", "0.5", "--data", text_file, *SMALL, "--blocks", "first-half"]
+    ran = run("prune", model_dir, *flags, "--out", tmp_path / "out", "--json")
+    assert ran.json["blocks"] == {"pruned": 1, "total": 2}
+    assert "blocks: 0:1" in (tmp_path / "out" / "secateur" / "recipe.yaml").read_text()
+    rows = run("inspect", tmp_path / "out", "--baseline", model_dir, "--json").json["rows"]
+    promised = [row["name"] for row in rows if row["ok"] is not None]
+    assert promised
+    assert all(name.startswith("model.layers.0.") for name in promised)
+
+
+def test_an_own_out_is_replaced_and_flags_win_over_the_recipe(pruned, run, tmp_path):
+    out = shutil.copytree(pruned[0], tmp_path / "out")
+    recipe = tmp_path / "recipe.yaml"
+    shutil.copy(out / "secateur" / "recipe.yaml", recipe)
+    ran = run("prune", "--recipe", recipe, "--pattern", "1:4", "--method", "wanda", "--out", out, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["sparsity"]["achieved"] == 0.75
+    assert "1:4" in (out / "secateur" / "recipe.yaml").read_text()
+
+
+def test_a_run_that_fails_keeps_the_old_out_and_leaves_nothing(pruned, run, tmp_path, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    out = shutil.copytree(pruned[0], tmp_path / "out")
+    before = files(out)
+    monkeypatch.setattr("secateur.api.save", fail)
+    ran = run("prune", "--recipe", out / "secateur" / "recipe.yaml", "--out", out)
+    assert ran.code == 1
+    assert "No space left" in ran.error
+    assert files(out) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_save_that_breaks_a_promise_is_not_kept(pruned, run, tmp_path, monkeypatch):
+    import torch
+
+    import secateur.api as api
+
+    def save_wrongly(model, tokenizer, folder):
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight.fill_(1.0)
+        saved(model, tokenizer, folder)
+
+    saved = api.save
+    monkeypatch.setattr(api, "save", save_wrongly)
+    ran = run("prune", "--recipe", pruned[0] / "secateur" / "recipe.yaml", "--out", tmp_path / "out")
+    assert ran.code == 1
+    assert "breaks 1 promises" in ran.error
+    assert "model.layers.1.mlp.up_proj.weight" in ran.error
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- inspect and eval
+
+
+def test_inspect(pruned, run, model_dir):
+    out, _ = pruned
+    ran = run("inspect", out)
+    assert ran.code == 0
+    assert "every promise is kept" in ran.out
+    assert "model.layers.1.mlp.down_proj.weight" in ran.out
+    assert run("inspect", out, "--baseline", model_dir).code == 0
+
+
+def test_inspect_exits_1_when_a_promise_is_broken(pruned, run, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    out = shutil.copytree(pruned[0], tmp_path / "out")
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"] += 1
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    ran = run("inspect", out)
+    assert ran.code == 1
+    assert "model.layers.0.self_attn.q_proj.weight: 256 of 256 groups of 4 hold more than 2 weights" in ran.out
+    ran = run("inspect", out, "--json")
+    assert ran.code == 1
+    assert len(ran.json["broken"]) == 1
+
+
+def test_inspect_finds_what_changed_outside_the_plan(pruned, run, tmp_path, model_dir):
+    from safetensors.torch import load_file, save_file
+
+    out = shutil.copytree(pruned[0], tmp_path / "out")
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    assert run("inspect", out).code == 0
+    ran = run("inspect", out, "--baseline", model_dir)
+    assert ran.code == 1
+    assert "model.norm.weight" in ran.out
+
+
+def test_eval_beside_a_baseline(pruned, run, model_dir, text_file):
+    out, _ = pruned
+    flags = ["--baseline", model_dir, "--data", f"{text_file},embedded", "--seq-len", "64", "--limit", "3"]
+    ran = run("eval", out, *flags, "--json")
+    assert ran.code == 0, ran.err
+    first, second = ran.json["results"]
+    assert first["result"]["text"] == text_file.name
+    assert second["result"]["text"] == "embedded"
+    assert first["log_ppl_gap"] == pytest.approx(first["result"]["nll_per_token"] - first["baseline"]["nll_per_token"])
+    table = run("eval", out, *flags)
+    assert f"{first['log_ppl_gap']:+.4f}" in table.out
+    assert "3 windows of 64 tokens, overlap 0" in table.out
+    assert "CPython's own help text" in table.out
+    assert "3/3" in table.err
+
+
+def test_eval_of_one_model(run, model_dir, text_file):
+    ran = run("eval", model_dir, "--data", text_file, "--seq-len", "128")
+    assert ran.code == 0, ran.err
+    assert "perplexity" in ran.out
+    assert "baseline" not in ran.out
+
+
+def test_methods(run):
+    described = {method["name"]: method for method in run("methods", "--json").json}
+    assert list(described) == list(METHODS)
+    assert described["sparsellm"]["arxiv"] == "2402.17946"
+    assert described["wanda"]["needs"] == "norms of the inputs"
+    damp = next(option for option in described["sparsegpt"]["options"] if option["name"] == "damp")
+    assert damp["default"] == 0.01
+    assert damp["doc"].startswith("Ridge")
+    table = run("methods").out
+    assert "2401.02938" in table
+    assert "column_block" in table
+
+
+# ---- Python
+
+
+def test_python_takes_a_model_object(model_dir, text_file, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from secateur import PruneConfig, evaluate, prune
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    config = PruneConfig(sparsity=0.5, samples=4, seq_len=32)
+    result = prune(model, config, data=str(text_file), tokenizer=tokenizer)
+    assert result.model is model
+    assert result.report["sparsity"]["achieved"] == 0.5
+    assert result.report["out"] is None
+    assert len(result.records) == 2
+    compared = evaluate(model, str(text_file), baseline=model_dir, tokenizer=tokenizer, seq_len=64, limit=2)
+    assert compared[0].log_ppl_gap is not None
+
+
+def test_python_needs_the_tokenizer_of_a_model_object(model_dir):
+    from transformers import AutoModelForCausalLM
+
+    from secateur import PruneConfig, prune
+
+    with pytest.raises(ValueError, match="tokenizer="):
+        prune(AutoModelForCausalLM.from_pretrained(model_dir), PruneConfig(sparsity=0.5))

@@ -1,0 +1,82 @@
+"""Small words of the reports: units, progress, what is said when two perplexities do not compare."""
+
+import io
+
+import pytest
+from rich.console import Console
+from rich.progress import Progress as RichProgress
+
+from secateur.report.facts import Stopwatch, peak_memory
+from secateur.report.progress import Bar, Lines, on_stderr
+from secateur.report.tables import command, eval_command, seconds, size
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.04, "0.0 s"), (59.94, "59.9 s"), (65, "1 min 05 s"), (3600 * 2 + 185, "2 h 03 min")]
+)
+def test_seconds(value, text):
+    assert seconds(value) == text
+
+
+def test_size():
+    assert size(2.1e9) == "2.10 GB"
+    assert size(15e6) == "15 MB"
+
+
+def test_a_command_can_be_pasted():
+    assert command("Next:", "secateur", "eval", "my models/out").plain == "Next:  secateur eval 'my models/out'"
+
+
+@pytest.mark.parametrize(
+    ("data", "tail"),
+    [
+        ({"name": "embedded", "seq_len": 512}, ["embedded", "--seq-len", "512"]),
+        ({"name": "c4", "seq_len": 2048}, ["wikitext2"]),
+    ],
+)
+def test_the_next_command_measures_on_other_text(data, tail):
+    assert eval_command("out", "demo", data) == ["secateur", "eval", "out", "--baseline", "demo", "--data", *tail]
+
+
+def test_plain_lines_tell_the_time_left():
+    stream = io.StringIO()
+    lines = Lines(stream)
+    lines.stage("prune")
+    lines.update(1, 2, "block 0")
+    lines.update(2, 2)
+    assert stream.getvalue() == "prune\nprune 1/2, block 0, left 0:00:00\nprune 2/2, left 0:00:00\n"
+
+
+def test_a_bar_is_one_task_that_begins_again_at_each_stage():
+    with RichProgress(console=Console(file=io.StringIO())) as rich:
+        bar = Bar(rich)
+        bar.stage("load")
+        bar.stage("prune")
+        bar.update(3, 30, "block 2")
+        (task,) = rich.tasks
+        assert (task.description, task.completed, task.total) == ("prune", 3, 30)
+
+
+def test_no_terminal_no_bar(capsys):
+    with on_stderr() as progress:
+        progress.stage("load")
+    assert capsys.readouterr().err == "load\n"
+
+
+def test_stopwatch_adds_up_and_counts_failures():
+    watch = Stopwatch()
+
+    def fails() -> None:
+        with watch.stage("save"):
+            raise OSError("full")
+
+    with watch.stage("load"):
+        pass
+    with pytest.raises(OSError, match="full"):
+        fails()
+    assert list(watch.seconds) == ["load", "save"]
+    assert watch.total >= 0
+
+
+def test_peak_memory_is_in_bytes():
+    assert 1e7 < peak_memory() < 1e12

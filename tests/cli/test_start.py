@@ -1,0 +1,65 @@
+"""Starting up: nothing heavy is imported before it is needed, and the public names are what they say."""
+
+import subprocess
+import sys
+import time
+from importlib import import_module
+
+import pytest
+
+import secateur
+from secateur.cli import cli
+
+HEAVY = ("torch", "transformers", "datasets", "pydantic", "numpy")
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["prune", "--help"], [], ["prune", "--nonsense"]], ids=str)
+def test_no_heavy_import_before_work(args):
+    start = time.perf_counter()
+    done = python(
+        f"import sys; from secateur.cli import main; main({args!r});"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert time.perf_counter() - start < 5, "about 0.3 s on a quiet machine"
+
+
+def test_importing_the_package_is_light():
+    done = python(f"import sys, secateur; print([name for name in {HEAVY!r} if name in sys.modules])")
+    assert done.stdout == "[]\n"
+
+
+def test_version(run):
+    assert run("--version").out == f"secateur {secateur.__version__}\n"
+
+
+def test_verbs(run):
+    assert list(cli.commands) == ["prune", "eval", "inspect", "methods", "demo"]
+    assert run().out == run("--help").out
+
+
+def test_every_verb_has_help_and_debug(run):
+    for verb in cli.commands:
+        ran = run(verb, "--help")
+        assert ran.code == 0
+        assert "--debug" in ran.out
+        assert "--json" in ran.out
+
+
+def test_public_names_are_functions_even_after_the_packages_of_the_same_name():
+    import_module("secateur.evaluate.perplexity")
+    import_module("secateur.prune.oneshot")
+    from secateur import PruneConfig, evaluate, prune
+
+    assert callable(prune)
+    assert callable(evaluate)
+    assert PruneConfig(sparsity=0.5).sparsity == 0.5
+
+
+def test_unknown_attribute_names_what_there_is():
+    with pytest.raises(AttributeError, match="offers PruneConfig"):
+        secateur.nonsense  # noqa: B018

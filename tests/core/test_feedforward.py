@@ -1,0 +1,95 @@
+"""SparseLLM's token-wise updates against brute force, grids and the h x h inverse they avoid."""
+
+import itertools
+
+import pytest
+import torch
+
+from secateur.core.activations import ACTIVATIONS
+from secateur.core.feedforward import ActivationStep, Penalties, gradient_step, newton_step, relu_step, up_step
+
+PENALTIES = [Penalties(1.0, 1.0, 1.0), Penalties(0.1, 5.0, 1.0), Penalties(100.0, 0.1, 10.0)]
+
+
+def random(*shape, seed=0, scale=1.0):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("penalties", PENALTIES)
+@pytest.mark.parametrize("rank", [6, 3], ids=["full rank", "dead outputs"])
+def test_activation_step_equals_the_inverse_form(penalties, rank):
+    """(beta WᵀW + gamma I)⁻¹ (beta WᵀY + gamma a), eq. 3, with its K x K inverse written out."""
+    W, a, Y = random(6, 20), random(50, 20, seed=1), random(50, 6, seed=2)
+    W[rank:] = 0
+    left = penalties.beta * W.T @ W + penalties.gamma * torch.eye(20, dtype=torch.float64)
+    expected = torch.linalg.solve(left, (penalties.beta * Y @ W + penalties.gamma * a).T).T
+    torch.testing.assert_close(ActivationStep(W, penalties)(a, Y), expected)
+
+
+@pytest.mark.parametrize("penalties", PENALTIES)
+def test_relu_step_equals_brute_force(penalties):
+    m, p = random(4000, scale=2), random(4000, seed=1, scale=2)
+
+    def cost(z):
+        return penalties.alpha * (z - m) ** 2 + penalties.gamma * (p - z.clamp(min=0)) ** 2
+
+    candidates = [((penalties.alpha * m + penalties.gamma * p) / (penalties.alpha + penalties.gamma)).clamp(min=0)]
+    candidates.append(m.clamp(max=0))
+    best = torch.stack([cost(z) for z in candidates]).min(dim=0).values
+    grid = torch.linspace(-12, 12, 4001, dtype=torch.float64)[:, None]
+    found = cost(relu_step(m[:, None].T, p[:, None].T, penalties)[0])
+    torch.testing.assert_close(found, best)
+    assert (found <= cost(grid).min(dim=0).values + 1e-9).all()
+
+
+@pytest.mark.parametrize("penalties", PENALTIES)
+def test_up_step_is_the_minimum(penalties):
+    m, g, p = random(1, 500), random(1, 500, seed=1), random(1, 500, seed=2)
+    z = up_step(m, g, p, penalties).requires_grad_()
+    cost = penalties.alpha * (z - m) ** 2 + penalties.gamma * (p - g * z) ** 2
+    (slope,) = torch.autograd.grad(cost.sum(), z)
+    assert slope.abs().max() < 1e-9 * max(penalties)
+
+
+def gate_cost(s, q, p, z, phi, penalties):
+    return penalties.alpha * (s - q) ** 2 + penalties.gamma * (p - z * phi.f(s)) ** 2
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"), list(itertools.product(["silu", "gelu", "gelu_tanh", "relu", "relu2"], [1.0, 10.0, 100.0]))
+)
+def test_newton_never_increases_the_objective(name, scale):
+    phi, penalties = ACTIVATIONS[name], Penalties(1.0, 1.0, 1.0)
+    q, z, p = random(20, 100, scale=3), random(20, 100, seed=1, scale=scale), random(20, 100, seed=2, scale=scale)
+    s, before = q, gate_cost(q, q, p, z, phi, penalties)
+    for _ in range(4):
+        s = newton_step(q, p, z, s, phi, penalties, iterations=1)
+        after = gate_cost(s, q, p, z, phi, penalties)
+        assert (after <= before).all()
+        before = after
+    assert after.mean() < 0.75 * gate_cost(q, q, p, z, phi, penalties).mean()
+
+
+def test_newton_finds_the_grid_optimum_where_there_is_one_basin():
+    phi, penalties = ACTIVATIONS["silu"], Penalties(1.0, 1.0, 1.0)
+    q, z, p = random(1, 300), random(1, 300, seed=1), random(1, 300, seed=2)
+    s = newton_step(q, p, z, q, phi, penalties, iterations=6)
+    grid = torch.linspace(-8, 8, 8001, dtype=torch.float64)[:, None, None]
+    best = gate_cost(grid, q, p, z, phi, penalties).min(dim=0).values
+    assert gate_cost(s, q, p, z, phi, penalties).mean() <= 1.02 * best.mean()
+
+
+def test_the_published_gate_step_diverges_where_newton_does_not():
+    phi, penalties = ACTIVATIONS["silu"], Penalties(5.0, 5.0, 5.0)
+    q, z, p = random(20, 100), random(20, 100, seed=1, scale=10), random(20, 100, seed=2, scale=10)
+    start = gate_cost(q, q, p, z, phi, penalties).mean()
+    assert gate_cost(gradient_step(q, p, z, q, phi, penalties), q, p, z, phi, penalties).mean() > 10 * start
+    assert gate_cost(newton_step(q, p, z, q, phi, penalties), q, p, z, phi, penalties).mean() < start
+
+
+def test_a_plain_ffn_uses_the_same_newton_step():
+    phi, penalties = ACTIVATIONS["relu"], Penalties(1.0, 1.0, 1.0)
+    m, p = random(1, 500), random(1, 500, seed=1)
+    exact = gate_cost(relu_step(m, p, penalties), m, p, 1.0, phi, penalties)
+    stepped = gate_cost(newton_step(m, p, 1.0, m, phi, penalties), m, p, 1.0, phi, penalties)
+    assert (stepped >= exact - 1e-12).all()

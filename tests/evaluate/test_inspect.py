@@ -1,0 +1,192 @@
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from secateur.core.pattern import NM, Block, Unstructured, keep_mask, pattern_to_dict
+from secateur.errors import ArtefactError
+from secateur.evaluate.inspect import Checkpoint, inspect
+
+TIED = ["model.embed_tokens.weight", "lm_head.weight"]
+PATTERNS = {
+    "model.layers.0.self_attn.q_proj.weight": NM(2, 4),
+    "model.layers.0.mlp.up_proj.weight": Unstructured(0.7),
+    "model.layers.1.mlp.gate_proj.weight": Unstructured(0.5, "row"),
+    "model.layers.1.mlp.down_proj.weight": Block(0.5, 4, 8),
+}
+UP, DOWN, Q = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight", next(iter(PATTERNS))
+
+
+def promise(directory, linears, tied=(), transposed=False):
+    (directory / "secateur").mkdir(exist_ok=True)
+    entries = {name: {"pattern": pattern_to_dict(p), "transposed": transposed} for name, p in linears.items()}
+    (directory / "secateur" / "promise.json").write_text(json.dumps({"linears": entries, "tied": list(tied)}))
+
+
+@pytest.fixture
+def dense(tiny_llama, tmp_path):
+    tiny_llama.save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+@pytest.fixture
+def pruned(tiny_llama, tmp_path):
+    """A directory that keeps every promise it makes."""
+    for name, pattern in PATTERNS.items():
+        W = tiny_llama.get_parameter(name)
+        W.masked_fill_(~keep_mask(W.abs(), pattern), 0.0)
+    tiny_llama.save_pretrained(tmp_path / "pruned")
+    promise(tmp_path / "pruned", PATTERNS, [TIED])
+    return tmp_path / "pruned"
+
+
+def edit(directory, name, change):
+    """Rewrite one stored tensor; ``change`` returns the new one, None drops it."""
+    tensors = load_file(directory / "model.safetensors")
+    tensors[name] = change(tensors.get(name))
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def first(value):
+    def change(W):
+        W.view(-1)[0] = value
+        return W
+
+    return change
+
+
+def test_kept_promises(pruned, dense):
+    # the fixtures share one model, saved dense first: only the planned weights differ
+    report = inspect(pruned, baseline=dense)
+    assert report.broken == []
+    assert (report.promised, report.finite, report.negative_zeros, report.tied) == (True, True, 0, [TIED])
+    rows = {row.name: row for row in report.rows}
+    assert {name: row.pattern for name, row in rows.items() if row.ok is not None} == {
+        name: str(pattern) for name, pattern in PATTERNS.items()
+    }
+    assert (rows[Q].sparsity, rows[Q].shape, rows[Q].ok, rows[Q].why) == (0.5, (32, 32), True, "")
+    assert rows["model.layers.0.self_attn.k_proj.weight"].sparsity == 0
+    assert report.weights == sum(32 * 32 if name == Q else 32 * 64 for name in PATTERNS)
+    assert report.sparsity == pytest.approx((512 + 1434 + 1024 + 1024) / report.weights)
+    assert json.loads(json.dumps(report.to_dict()))["sparsity"] == report.sparsity
+
+
+def test_without_promises_only_the_sparsity_is_told(dense):
+    report = inspect(dense)
+    assert (report.promised, report.broken, report.sparsity) == (False, [], 0.0)
+    assert all(row.ok is None for row in report.rows)
+    assert len(report.rows) == 2 * 7 + 1
+    assert report.tensors == 2 * 9 + 2
+
+
+BREAKS = [
+    (UP, torch.ones_like, rf"^{UP}: 2048 weights are not zero, 614 were promised$"),
+    (Q, torch.ones_like, rf"^{Q}: 256 of 256 groups of 4 hold more than 2 weights$"),
+    (DOWN, lambda W: None, rf"^{DOWN}: promised but not stored$"),
+    (Q, lambda W: W[:, :30].contiguous(), rf"^{Q}: 2:4 needs in_features divisible by 4, got 30"),
+    (Q, lambda W: torch.where(W == 0, -0.0, W), rf"^{Q}: 512 zeros are -0.0; write \+0.0$"),
+    ("model.norm.weight", first(torch.nan), r"^model.norm.weight: 1 of 32 values are not finite$"),
+    ("model.norm.weight", first(torch.inf), r"^model.norm.weight: 1 of 32 values are not finite$"),
+    (TIED[1], lambda W: torch.zeros(128, 32), r"^tied model.embed_tokens.weight = lm_head.weight: they differ$"),
+    (TIED[0], lambda W: None, r"^tied model.embed_tokens.weight = lm_head.weight: none of them is stored$"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "line"), BREAKS)
+def test_broken_promises_are_named(pruned, name, change, line):
+    edit(pruned, name, change)
+    (broken,) = inspect(pruned).broken
+    assert re.search(line, broken)
+
+
+def test_equal_copies_count_as_tied_and_an_untying_config_does_not(pruned):
+    config = json.loads((pruned / "config.json").read_text())
+    (pruned / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    assert inspect(pruned).broken == [f"tied {' = '.join(TIED)}: only {TIED[0]} is stored, and config.json unties it"]
+    edit(pruned, TIED[1], lambda _: load_file(pruned / "model.safetensors")[TIED[0]].clone())
+    assert inspect(pruned).broken == []
+
+
+def test_transposed_weights_are_turned_before_they_are_checked(tmp_path):
+    mask = keep_mask(torch.rand(6, 8), NM(1, 4))  # (out, in); Conv1D stores (in, out)
+    save_file({"c_fc.weight": mask.float().T.contiguous()}, tmp_path / "model.safetensors")
+    promise(tmp_path, {"c_fc.weight": NM(1, 4)}, transposed=True)
+    report = inspect(tmp_path)
+    assert report.broken == []
+    assert report.rows[0].shape == (8, 6)
+    promise(tmp_path, {"c_fc.weight": NM(1, 4)})
+    assert "divisible by 4, got 6" in inspect(tmp_path).broken[0]
+
+
+def test_baseline_outside_the_plan_must_be_unchanged(pruned, dense, tiny_llama):
+    assert inspect(pruned, baseline=tiny_llama.state_dict()).broken == []
+    edit(pruned, "model.norm.weight", first(7.0))
+    edit(pruned, "extra.weight", lambda _: torch.ones(2, 2))
+    edit(pruned, "model.layers.0.input_layernorm.weight", lambda _: None)
+    assert inspect(pruned, baseline=dense).broken == [
+        "model.norm.weight: outside the plan, yet not the baseline's",
+        "model.layers.0.input_layernorm.weight: only in the baseline",
+        "extra.weight: not in the baseline",
+    ]
+
+
+def test_a_baseline_of_another_dtype_is_cast(pruned, dense):
+    for name in load_file(pruned / "model.safetensors"):
+        edit(pruned, name, lambda W: W.bfloat16())
+    assert inspect(pruned, baseline=dense).broken == []
+
+
+def test_sharded_checkpoints(pruned, tiny_llama):
+    whole = inspect(pruned)
+    (pruned / "model.safetensors").unlink()
+    tiny_llama.save_pretrained(pruned, max_shard_size="20KB")
+    shards = sorted(pruned.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    sharded = inspect(pruned)
+    assert sharded.broken == []
+    assert {row.name: row for row in sharded.rows} == {row.name: row for row in whole.rows}
+    shards[1].unlink()
+    with pytest.raises(ArtefactError, match=f"names {shards[1].name}, which is not there"):
+        inspect(pruned)
+
+
+def test_tensors_are_read_one_at_a_time(pruned):
+    checkpoint = Checkpoint(pruned)
+    assert len(checkpoint) == len(list(checkpoint)) == 2 * 9 + 2
+    assert checkpoint[Q] is not checkpoint[Q]
+
+
+def corrupt(name, content):
+    def change(directory):
+        (directory / name).write_bytes(content)
+
+    return change
+
+
+BAD_DIRECTORIES = [
+    (lambda d: (d / "model.safetensors").unlink(), "no .safetensors file"),
+    (corrupt("model.safetensors", b"rubbish"), "not a readable safetensors file"),
+    (lambda d: corrupt("model.safetensors", (d / "model.safetensors").read_bytes()[:-10])(d), "not a readable safe"),
+    (corrupt("model.safetensors.index.json", b"{"), "not readable JSON"),
+    (corrupt("config.json", b""), "not readable JSON"),
+    (corrupt("secateur/promise.json", b"{"), "not readable JSON"),
+    (corrupt("secateur/promise.json", b"[]"), "holds a list, an object was wanted"),
+    (corrupt("secateur/promise.json", b"{}"), "not a promise file"),
+    (corrupt("secateur/promise.json", b'{"linears": {"a": {"pattern": {"kind": "x"}, "transposed": false}}}'), "kind"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), BAD_DIRECTORIES)
+def test_damaged_directories_are_one_line(pruned, damage, message):
+    damage(pruned)
+    with pytest.raises(ArtefactError, match=message) as error:
+        inspect(pruned)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_directory(tmp_path):
+    with pytest.raises(ArtefactError, match="no directory"):
+        inspect(tmp_path / "gone")
