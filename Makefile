@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM = false
 
 BIN   := .venv/bin
 STAMP := .venv/.installed
-PIP   := $(BIN)/python -m pip --quiet
+PIP   := $(BIN)/python -m pip -qq
 
 .PHONY: install demo test check format slow gpu clean
 

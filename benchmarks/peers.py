@@ -248,7 +248,7 @@ def theirs(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     """One ruler for both: zeros in the blocks' matrices, perplexity on the first windows of the evaluation text."""
     from secateur.data.sources import read_texts
-    from secateur.evaluate.perplexity import evaluate_text
+    from secateur.evaluation.perplexity import evaluate_text
     from secateur.models.adapter import DecoderAdapter
     from secateur.models.load import load
 

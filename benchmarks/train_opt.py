@@ -1,8 +1,8 @@
 """Train a small OPT-architecture model: two-matrix ReLU feed-forwards, the form SparseLLM was published for.
 
-    python benchmarks/train_opt.py OUT [--steps 600]
+    python benchmarks/train_opt.py OUT [--steps 500]
 
-A byte-level BPE vocabulary and about 6 million weights, learned from ``SECATEUR_DATA/train/*.jsonl`` in some minutes on
+A byte-level BPE vocabulary and about 4 million weights, learned from ``SECATEUR_DATA/train/*.jsonl`` in some minutes on
 two cores with plain AdamW and a cosine schedule. One document in fifty is held out; the loss on those is printed. OUT
 is a normal Hugging Face directory. Seeds are fixed, so one machine gives one model.
 """
@@ -136,13 +136,13 @@ def train(model: OPTForCausalLM, windows: Tensor, held_out: Tensor, args: argpar
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a small OPT-architecture model for the ReLU experiments.")
     parser.add_argument("out", type=Path, help="the Hugging Face directory to write")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=4, help="windows per step")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--lr", type=float, default=3e-3, help="top learning rate")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=2e-3, help="top learning rate")
     return parser.parse_args()
 
 

@@ -5,7 +5,7 @@
 
 ``prune`` changes the model it works on. With ``out`` it saves, opens what it has saved again, and fails unless every
 promise is kept; nothing appears at ``out`` before that. Memory: the model once, in host memory, plus what
-``prune/oneshot.py`` and ``evaluate/perplexity.py`` state.
+``pruning/oneshot.py`` and ``evaluation/perplexity.py`` state.
 """
 
 import os
@@ -22,12 +22,12 @@ from secateur.core.plan import Plan
 from secateur.data.sources import Texts, read_texts
 from secateur.data.tokens import check_seq_len, sample_windows, tokenize
 from secateur.errors import ArtefactError, DeviceError, UsageError
-from secateur.evaluate.inspect import inspect
-from secateur.evaluate.perplexity import PerplexityResult, evaluate_text
+from secateur.evaluation.inspect import inspect
+from secateur.evaluation.perplexity import PerplexityResult, evaluate_text
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.load import Loaded, fingerprint, load
 from secateur.models.save import save, staged
-from secateur.prune.oneshot import BlockRecord, RunOptions, prune_blocks, uniform_plan
+from secateur.pruning.oneshot import BlockRecord, RunOptions, prune_blocks, uniform_plan
 from secateur.report.artefact import promises_of, write_artefact, write_report
 from secateur.report.comparison import Comparison, compare
 from secateur.report.facts import Stopwatch, peak_memory, versions
@@ -35,6 +35,9 @@ from secateur.report.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BUILT_IN = ("demo", "embedded")
+"""Names that mean the same everywhere, whatever lies in the working directory."""
 
 
 @dataclass(frozen=True)
@@ -153,10 +156,15 @@ def _run(
 def _settled(config: PruneConfig, loaded: Loaded, device: str, total: int) -> PruneConfig:
     """The config with nothing left to circumstances: no auto, no relative path, blocks by number."""
     blocks = config.block_range(total)
-    data = str(Path(config.data).resolve()) if Path(config.data).is_file() else config.data
     dtype = str(loaded.model.dtype).removeprefix("torch.")
-    fields = {"device": device, "dtype": dtype, "blocks": f"{blocks.start}:{blocks.stop}", "data": data}
-    return config_from_dict({**config.to_dict(), **fields})
+    fields = {"device": device, "dtype": dtype, "blocks": f"{blocks.start}:{blocks.stop}"}
+    return config_from_dict({**config.to_dict(), **fields, "data": _lasting(config.data)})
+
+
+def _lasting(source: str) -> str:
+    """A model or text that is named by a path, named so that it is found from any directory."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if source not in BUILT_IN and path.exists() else source
 
 
 def _report(
@@ -193,11 +201,12 @@ def _save(
     watch: Stopwatch,
 ) -> None:
     progress.stage("save")
-    source = str(Path(loaded.source).resolve()) if Path(loaded.source).exists() else loaded.source
     promises = promises_of(loaded.model, plan)
     with watch.stage("save"):
         save(loaded.model, loaded.tokenizer, folder)
-        write_artefact(folder / "secateur", source=source, config=config, records=records, promises=promises)
+        write_artefact(
+            folder / "secateur", source=_lasting(loaded.source), config=config, records=records, promises=promises
+        )
     progress.stage("check what was saved")
     with watch.stage("inspect"):
         broken = inspect(folder).broken

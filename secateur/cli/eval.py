@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from secateur.cli.options import DATA_HELP, debug_option, device_option, dtype_option, emit, json_option, quiet
+from secateur.cli.options import DATA_HELP, debug_option, device_option, dtype_option, emit, json_option
 
 if TYPE_CHECKING:
     from secateur.config import Device, Dtype
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @dtype_option
 @json_option
 @debug_option
-def eval_(
+def command(
     model: str,
     baseline: str | None,
     data: str,
@@ -40,7 +40,6 @@ def eval_(
     from secateur.report.progress import on_stderr
     from secateur.report.tables import eval_tables
 
-    quiet()
     with on_stderr() as progress:
         results = evaluate(
             model,

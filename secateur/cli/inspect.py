@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from secateur.cli.options import debug_option, emit, json_option, quiet
+from secateur.cli.options import debug_option, emit, json_option
 
 BROKEN = 1
 
@@ -14,16 +14,15 @@ BROKEN = 1
 @click.option("--baseline", metavar="MODEL", help="Also check that all that was not pruned is still this model's.")
 @json_option
 @debug_option
-def inspect_(directory: Path, baseline: str | None, as_json: bool) -> int:
+def command(directory: Path, baseline: str | None, as_json: bool) -> int:
     """Check the saved weights in DIR: sparsity, patterns, finiteness, tied weights.
 
     The exit code is 1 when a promise recorded in DIR is broken.
     """
-    from secateur.evaluate.inspect import inspect
+    from secateur.evaluation.inspect import inspect
     from secateur.models.load import load
     from secateur.report.tables import inspect_tables
 
-    quiet()
     reference = None
     if baseline is not None:
         reference = load(baseline, dtype="auto").model.state_dict()

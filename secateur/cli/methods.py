@@ -5,10 +5,10 @@ import click
 from secateur.cli.options import debug_option, emit, json_option
 
 
-@click.command()
+@click.command("methods")
 @json_option
 @debug_option
-def methods(as_json: bool) -> None:
+def command(as_json: bool) -> None:
     """List the methods, what they need, and their options."""
     from secateur.report.methods import describe_methods, methods_tables
 

@@ -36,12 +36,3 @@ def emit(as_json: bool, data: Any, *parts: RenderableType) -> None:
     console = Console(width=width, highlight=False, markup=False, emoji=False)
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, Text))
-
-
-def quiet() -> None:
-    """One progress bar is enough: transformers and datasets keep theirs, and their advice, to themselves."""
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported, if ever
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

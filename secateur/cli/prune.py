@@ -5,11 +5,11 @@ from typing import Any
 
 import click
 
-from secateur.cli.options import DATA_HELP, debug_option, device_option, dtype_option, emit, json_option, quiet
+from secateur.cli.options import DATA_HELP, debug_option, device_option, dtype_option, emit, json_option
 from secateur.errors import UsageError
 
 
-@click.command()
+@click.command("prune")
 @click.argument("model", required=False)
 @click.option("--method", help="What decides which weights go, see `secateur methods`.  [default: sparsellm]")
 @click.option("--sparsity", type=float, help="Share of zeros, 0.7 for 70 %. Not needed with an N:M pattern.")
@@ -26,14 +26,14 @@ from secateur.errors import UsageError
 @click.option("--set", "sets", multiple=True, metavar="A.B=C", help="Change any recipe key: --set method.inner=admm")
 @json_option
 @debug_option
-def prune(
+def command(
     model: str | None, out: Path, recipe: Path | None, sets: tuple[str, ...], as_json: bool, **flags: Any
 ) -> None:
     """Prune MODEL and save it to OUT, a normal Hugging Face directory.
 
     MODEL is a hub id, a Hugging Face directory, a .gguf file, or `demo`.
     """
-    from secateur.api import prune as run
+    from secateur.api import prune
     from secateur.config import config_from_dict
     from secateur.report.progress import on_stderr
     from secateur.report.tables import prune_summary
@@ -41,9 +41,8 @@ def prune(
     values = merged(model, recipe, flags, sets)
     source = values.pop("model")
     config = config_from_dict(values)
-    quiet()
     with on_stderr() as progress:
-        result = run(source, config, out=out, progress=progress)
+        result = prune(source, config, out=out, progress=progress)
     emit(as_json, result.report, *prune_summary(result.report))
 
 

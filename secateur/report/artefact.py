@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from secateur.core.plan import Plan
-    from secateur.prune.oneshot import BlockRecord
+    from secateur.pruning.oneshot import BlockRecord
 
 
 def write_artefact(

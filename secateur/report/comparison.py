@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from secateur.evaluate.perplexity import PerplexityResult, log_gap
+from secateur.evaluation.perplexity import PerplexityResult, log_gap
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from secateur.evaluate.inspect import Inspection
-    from secateur.evaluate.perplexity import PerplexityResult
+    from secateur.evaluation.inspect import Inspection
+    from secateur.evaluation.perplexity import PerplexityResult
     from secateur.report.comparison import Comparison
 
 EMBEDDED = "CPython's own help text (pydoc_data.topics)"

@@ -51,8 +51,8 @@ def test_every_verb_has_help_and_debug(run):
 
 
 def test_public_names_are_functions_even_after_the_packages_of_the_same_name():
-    import_module("secateur.evaluate.perplexity")
-    import_module("secateur.prune.oneshot")
+    import_module("secateur.evaluation.perplexity")
+    import_module("secateur.pruning.oneshot")
     from secateur import PruneConfig, evaluate, prune
 
     assert callable(prune)

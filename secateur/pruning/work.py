@@ -19,7 +19,7 @@ from secateur.core.plan import Target
 from secateur.core.solver import LayerSolver, Pruned, relative_error
 from secateur.models.adapter import Call, DecoderAdapter
 from secateur.models.layout import Layout
-from secateur.prune.records import LinearRecord
+from secateur.pruning.records import LinearRecord
 
 Hidden = list[Float[Tensor, "B S D"]]
 Watcher = Callable[[Tensor], None]

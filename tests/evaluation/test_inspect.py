@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from secateur.core.pattern import NM, Block, Unstructured, keep_mask, pattern_to_dict
 from secateur.errors import ArtefactError
-from secateur.evaluate.inspect import Checkpoint, inspect
+from secateur.evaluation.inspect import Checkpoint, inspect
 
 TIED = ["model.embed_tokens.weight", "lm_head.weight"]
 PATTERNS = {

@@ -12,7 +12,7 @@ from secateur.core.solver import Pruned
 from secateur.core.sparsellm import Patterns, Refined
 from secateur.errors import ModelError
 from secateur.models.layout import FeedForwardForm, Half
-from secateur.prune.work import Hidden, Work
+from secateur.pruning.work import Hidden, Work
 
 
 def refuse_unknown_ffn(work: Work) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from secateur.core.moments import ColumnNorms, Gram
 from secateur.core.solvers import Solver
-from secateur.prune.work import Precise, Work, watching
+from secateur.pruning.work import Precise, Work, watching
 
 ACCUMULATORS = {"gram": Gram, "diag": ColumnNorms}
 

@@ -18,11 +18,11 @@ from secateur.core.sparsellm import Refined, SparseLLM
 from secateur.errors import NumericalError
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.layout import Layout, observe
-from secateur.prune.closed import closed
-from secateur.prune.layerwise import layerwise
-from secateur.prune.paper import paper
-from secateur.prune.records import BlockRecord, RoundRecord
-from secateur.prune.work import Hidden, RunOptions, Work
+from secateur.pruning.closed import closed
+from secateur.pruning.layerwise import layerwise
+from secateur.pruning.paper import paper
+from secateur.pruning.records import BlockRecord, RoundRecord
+from secateur.pruning.work import Hidden, RunOptions, Work
 
 PROBE_TOKENS = 64
 """Tokens of the first calibration row on which block structure is observed."""

@@ -7,9 +7,9 @@ the block. With ``iterations=1`` this is the inner solver, bit for bit.
 from torch import Tensor
 
 from secateur.core.sparsellm import Refined, SparseLLM, paper_feedforward
-from secateur.prune.ffn import HostTokens, dense_targets, ffn_patterns, ffn_view, refuse_unknown_ffn, write_ffn
-from secateur.prune.layerwise import layerwise
-from secateur.prune.work import Hidden, Precise, Work, watching
+from secateur.pruning.ffn import HostTokens, dense_targets, ffn_patterns, ffn_view, refuse_unknown_ffn, write_ffn
+from secateur.pruning.layerwise import layerwise
+from secateur.pruning.work import Hidden, Precise, Work, watching
 
 
 def paper(work: Work, options: SparseLLM) -> Refined | None:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from secateur.core.linalg import fit
 from secateur.core.moments import CrossMoments, Gram
 from secateur.core.sparsellm import Refined, SparseLLM, closed_feedforward
-from secateur.prune.ffn import HostTokens, dense_targets, ffn_patterns, ffn_view, refuse_unknown_ffn, write_ffn
-from secateur.prune.layerwise import planned_groups
-from secateur.prune.work import Hidden, Precise, Work, watching
+from secateur.pruning.ffn import HostTokens, dense_targets, ffn_patterns, ffn_view, refuse_unknown_ffn, write_ffn
+from secateur.pruning.layerwise import planned_groups
+from secateur.pruning.work import Hidden, Precise, Work, watching
 
 HELD_OUT = 8
 """One calibration chunk in so many is held out of the FFN's fits and judges its iterates."""
