@@ -201,12 +201,10 @@ def _save(
     watch: Stopwatch,
 ) -> None:
     progress.stage("save")
-    promises = promises_of(loaded.model, plan)
+    source, promises = _lasting(loaded.source), promises_of(loaded.model, plan)
     with watch.stage("save"):
         save(loaded.model, loaded.tokenizer, folder)
-        write_artefact(
-            folder / "secateur", source=_lasting(loaded.source), config=config, records=records, promises=promises
-        )
+        write_artefact(folder / "secateur", source=source, config=config, records=records, promises=promises)
     progress.stage("check what was saved")
     with watch.stage("inspect"):
         broken = inspect(folder).broken

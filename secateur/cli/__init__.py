@@ -5,6 +5,7 @@ the traceback. Verbs import torch and the rest of the library when they run, so 
 """
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from secateur.cli import demo, eval, inspect, methods, prune
 from secateur.cli.options import debug_option
 from secateur.errors import SecateurError
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -34,7 +35,8 @@ for verb in (prune, eval, inspect, methods, demo):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; nothing that happens inside is raised."""
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported; ours is enough
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when the libraries are imported; one progress bar is enough
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so that a half-written OUT is cleared away
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         return cli.main(args=args, prog_name="secateur", standalone_mode=False) or 0

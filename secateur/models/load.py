@@ -68,9 +68,7 @@ def load(source: str, *, dtype: str = "auto", revision: str | None = None) -> Lo
     with quiet():
         with _in_one_line(source, place.advice):
             model = _model(place, source, DTYPES[dtype])
-        with _in_one_line(
-            f"the tokenizer of {source}", "its files (tokenizer.json and others) belong beside the model"
-        ):
+        with _in_one_line(f"the tokenizer of {source}", place.advice):
             tokenizer = AutoTokenizer.from_pretrained(place.name, trust_remote_code=False, **place.options)
     forget_gguf(model)
     model.requires_grad_(False).eval()

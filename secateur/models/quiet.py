@@ -3,7 +3,10 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any
 
+import tqdm
 from huggingface_hub import logging as hub_logging
 from transformers.utils import logging
 
@@ -11,20 +14,29 @@ from transformers.utils import logging
 @contextmanager
 def quiet() -> Iterator[None]:
     """Errors still pass, as exceptions; what was set before is set again afterwards."""
-    verbosity, hub_verbosity, bars = (
-        logging.get_verbosity(),
-        hub_logging.get_verbosity(),
-        logging.is_progress_bar_enabled(),
-    )
+    verbosity, hub_verbosity = logging.get_verbosity(), hub_logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     hub_logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with _no_bars(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.set_verbosity(verbosity)
         hub_logging.set_verbosity(hub_verbosity)
-        if bars:
-            logging.enable_progress_bar()
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Every bar of these libraries is a tqdm; the switches of transformers do not reach its GGUF reader's."""
+    start = tqdm.tqdm.__init__
+
+    @wraps(start)
+    def start_disabled(self: tqdm.tqdm, *args: Any, **kwargs: Any) -> None:
+        start(self, *args, **kwargs | {"disable": True})
+
+    tqdm.tqdm.__init__ = start_disabled
+    try:
+        yield
+    finally:
+        tqdm.tqdm.__init__ = start

@@ -19,7 +19,7 @@ from secateur.core.moments import CrossMoments, Gram
 from secateur.core.sparsellm import Refined, SparseLLM, closed_feedforward
 from secateur.pruning.ffn import HostTokens, dense_targets, ffn_patterns, ffn_view, refuse_unknown_ffn, write_ffn
 from secateur.pruning.layerwise import planned_groups
-from secateur.pruning.work import Hidden, Precise, Work, watching
+from secateur.pruning.work import Hidden, Precise, Watcher, Work, watching
 
 HELD_OUT = 8
 """One calibration chunk in so many is held out of the FFN's fits and judges its iterates."""
@@ -41,12 +41,12 @@ def attention_inputs(work: Work, dense: nn.Module, options: SparseLLM) -> tuple[
     groups = [g for g in attention_groups(work) if out not in g]
     device = torch.device(work.options.device)
     grams = {g: Gram.zeros(work.targets[g[0]].shape[1], device) for g in groups}
-    watchers = {dense.get_submodule(g[0]): gram.update for g, gram in grams.items()}
+    watchers: dict[nn.Module, Watcher] = {dense.get_submodule(g[0]): gram.update for g, gram in grams.items()}
     attended: list[Tensor] = []
     if out in work.targets:
         watchers[dense.get_submodule(out)] = lambda a: attended.append(a.cpu())
-    with work.forwards("dense forward"), watching(watchers):
-        outputs = [work.run(rows, dense) for rows in work.hidden]
+    with work.forwards("dense forward"):
+        outputs = work.watched_pass(watchers, dense)
     solver = Precise(options.inner, work)
     for g, gram in grams.items():
         W, pattern = work.stacked(g)

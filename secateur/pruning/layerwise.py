@@ -5,19 +5,19 @@ block's own inputs come from the pruned blocks before it.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.core.moments import ColumnNorms, Gram
 from secateur.core.solvers import Solver
-from secateur.pruning.work import Precise, Work, watching
+from secateur.pruning.work import Precise, Watcher, Work
 
 ACCUMULATORS = {"gram": Gram, "diag": ColumnNorms}
 
 
-def layerwise(work: Work, solver: Solver) -> None:
-    """Prune the planned linears of a block, group by group."""
+def layerwise(work: Work, solver: Solver, also: dict[nn.Module, Watcher] | None = None) -> None:
+    """Prune the planned linears of a block, group by group. ``also`` sees inputs of other modules in the same pass."""
     groups = planned_groups(work)
-    moments = observe(work, groups, solver) if solver.needs != "nothing" else {}
+    moments = observe(work, groups, solver, also or {}) if solver.needs != "nothing" or also else {}
     for linears in groups:
         W, pattern = work.stacked(linears)
         H = moments.get(linears)
@@ -31,12 +31,25 @@ def planned_groups(work: Work) -> list[tuple[str, ...]]:
     return [linears for linears in groups if linears]
 
 
-def observe(work: Work, groups: list[tuple[str, ...]], solver: Solver) -> dict[tuple[str, ...], Tensor]:
+def observe(
+    work: Work, groups: list[tuple[str, ...]], solver: Solver, also: dict[nn.Module, Watcher]
+) -> dict[tuple[str, ...], Tensor]:
     """Mean moments of every group's input, from one pass over the hidden states."""
-    kind = ACCUMULATORS[solver.needs]
-    device = torch.device(work.options.device)
-    sums = {linears: kind.zeros(work.targets[linears[0]].shape[1], device) for linears in groups}
-    with work.forwards("observe"), watching({work.linear(ls[0]): total.update for ls, total in sums.items()}):
-        for rows in work.hidden:
-            work.run(rows)
+    sums: dict[tuple[str, ...], Gram | ColumnNorms] = {}
+    if solver.needs != "nothing":
+        kind, device = ACCUMULATORS[solver.needs], torch.device(work.options.device)
+        sums = {linears: kind.zeros(work.targets[linears[0]].shape[1], device) for linears in groups}
+    watchers = {work.linear(linears[0]): total.update for linears, total in sums.items()}
+    for module, watcher in also.items():
+        watchers[module] = both(watchers[module], watcher) if module in watchers else watcher
+    with work.forwards("observe"):
+        work.watched_pass(watchers)
     return {linears: total.mean() for linears, total in sums.items()}
+
+
+def both(first: Watcher, second: Watcher) -> Watcher:
+    def see(X: Tensor) -> None:
+        first(X)
+        second(X)
+
+    return see

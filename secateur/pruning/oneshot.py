@@ -17,15 +17,12 @@ from secateur.core.solvers import Solver
 from secateur.core.sparsellm import Refined, SparseLLM
 from secateur.errors import NumericalError
 from secateur.models.adapter import DecoderAdapter
-from secateur.models.layout import Layout, observe
 from secateur.pruning.closed import closed
 from secateur.pruning.layerwise import layerwise
 from secateur.pruning.paper import paper
 from secateur.pruning.records import BlockRecord, RoundRecord
-from secateur.pruning.work import Hidden, RunOptions, Work
+from secateur.pruning.work import PROBE_TOKENS, Hidden, RunOptions, Work
 
-PROBE_TOKENS = 64
-"""Tokens of the first calibration row on which block structure is observed."""
 MAX_DROPPED = 0.1
 """Share of calibration rows that may turn non-finite before the run stops."""
 ERROR_CHUNKS = 2
@@ -53,38 +50,37 @@ def prune_blocks(
     ``windows`` are calibration rows of token ids. Raises NumericalError where more than a tenth of them turn
     non-finite, ModelError where a block's structure is refused.
     """
+    if method.needs == "nothing":  # structure is observed all the same, on a few tokens
+        windows = windows[:1, :PROBE_TOKENS]
     hidden: Hidden = [adapter.first_hidden(rows).to("cpu") for rows in windows.split(options.batch)]
-    probe = hidden[0][:1, :PROBE_TOKENS]
-    started_rows = len(windows)
     last = max((i for i, name in enumerate(adapter.block_names) if block_targets(plan, name)), default=-1)
     for index, name in enumerate(adapter.block_names):
         start = time.perf_counter()
-        targets = block_targets(plan, name)
-        call = adapter.calls(*probe.shape[:2])[index]
-        work = Work(adapter, index, observe_block(adapter, index, probe, call, targets), hidden, targets, options)
+        work = Work(adapter, index, hidden, block_targets(plan, name), options)
         work.block.to(options.device)
-        needs_tokens = method.needs != "nothing" and index <= last
-        sample = [work.run(rows) for rows in hidden[:ERROR_CHUNKS]] if needs_tokens and targets else []
-        refined = prune_one(work, method) if targets else None
-        probe = adapter.replay(index, probe, call)
-        outputs, dropped = propagate(work) if needs_tokens else (hidden, 0)
+        error, refined = (None, None) if not work.targets else prune_and_measure(work, method)
+        hidden = propagate(work) if not work.targets and index < last else work.hidden
         work.block.to("cpu")
-        error = lost_work(hidden, sample, outputs) if sample and not dropped else None
-        hidden = outputs
-        check_rows(name, started_rows, hidden)
+        check_rows(name, len(windows), hidden)
+        seconds = time.perf_counter() - start
         yield BlockRecord(
-            index, name, time.perf_counter() - start, error, dropped, tuple(work.records), rounds_of(refined), work.seconds
+            index, name, seconds, error, work.dropped, tuple(work.records), rounds_of(refined), work.seconds
         )
+
+
+def prune_and_measure(work: Work, method: Method) -> tuple[float | None, Refined | None]:
+    """Prune one block and move its hidden states on; the share of its work that is lost, and what its FFN went through."""
+    sample = [work.run(rows) for rows in work.hidden[:ERROR_CHUNKS]]
+    refined = prune_one(work, method)
+    inputs = work.hidden[:ERROR_CHUNKS]
+    work.hidden = propagate(work)
+    return (None if work.dropped else lost_work(inputs, sample, work.hidden)), refined
 
 
 def block_targets(plan: Plan, block_name: str) -> dict[str, Target]:
     """Targets of one block by the linear's name inside it."""
     prefix = block_name + "."
     return {name.removeprefix(prefix): target for name, target in plan.items() if name.startswith(prefix)}
-
-
-def observe_block(adapter, index, probe, call, targets) -> Layout | None:
-    return observe(adapter, index, probe, call) if targets else None
 
 
 def prune_one(work: Work, method: Method) -> Refined | None:
@@ -95,17 +91,10 @@ def prune_one(work: Work, method: Method) -> Refined | None:
     return None
 
 
-def propagate(work: Work) -> tuple[Hidden, int]:
-    """Hidden states after the block, rows that turned non-finite dropped and counted."""
-    outputs, dropped = [], 0
+def propagate(work: Work) -> Hidden:
+    """Hidden states after the pruned block; rows that turned non-finite are dropped and counted."""
     with work.forwards("propagate"):
-        for rows in work.hidden:
-            out = work.run(rows)
-            finite = torch.isfinite(out).flatten(1).all(dim=1)
-            dropped += int((~finite).sum())
-            if finite.any():
-                outputs.append(out if finite.all() else out[finite])
-    return outputs, dropped
+        return work.watched_pass({})
 
 
 def check_rows(name: str, started: int, hidden: Hidden) -> None:

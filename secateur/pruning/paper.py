@@ -9,7 +9,7 @@ from torch import Tensor
 from secateur.core.sparsellm import Refined, SparseLLM, paper_feedforward
 from secateur.pruning.ffn import HostTokens, dense_targets, ffn_patterns, ffn_view, refuse_unknown_ffn, write_ffn
 from secateur.pruning.layerwise import layerwise
-from secateur.pruning.work import Hidden, Precise, Work, watching
+from secateur.pruning.work import Hidden, Precise, Work
 
 
 def paper(work: Work, options: SparseLLM) -> Refined | None:
@@ -22,8 +22,7 @@ def paper(work: Work, options: SparseLLM) -> Refined | None:
 
     dense = ffn_view(work)
     seen = {work.linear(work.layout.ffn.up.linear): collect} if options.iterations > 1 else {}
-    with watching(seen):
-        layerwise(work, options.inner)
+    layerwise(work, options.inner, also=seen)
     if options.iterations == 1:
         return None
     with work.forwards("ffn"):

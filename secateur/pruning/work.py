@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -18,10 +19,12 @@ from secateur.core.pattern import Pattern, Stacked
 from secateur.core.plan import Target
 from secateur.core.solver import LayerSolver, Pruned, relative_error
 from secateur.models.adapter import Call, DecoderAdapter
-from secateur.models.layout import Layout
+from secateur.models.layout import Layout, observe
 from secateur.pruning.records import LinearRecord
 
 Hidden = list[Float[Tensor, "B S D"]]
+PROBE_TOKENS = 64
+"""Tokens on which the structure of a block is observed."""
 Watcher = Callable[[Tensor], None]
 
 
@@ -44,13 +47,21 @@ class Work:
 
     adapter: DecoderAdapter
     index: int
-    layout: Layout
     hidden: Hidden
     targets: dict[str, Target]
     """Planned linears by their name inside the block."""
     options: RunOptions
+    dropped: int = 0
+    """Rows that turned non-finite in this block and are no longer in ``hidden``."""
     seconds: dict[str, float] = field(default_factory=dict)
     records: list[LinearRecord] = field(default_factory=list)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The structure of the block, observed on the first tokens of a row; ask before anything is written."""
+        row = next((row for rows in self.hidden for row in rows if torch.isfinite(row).all()), self.hidden[0][0])
+        probe = row[None, :PROBE_TOKENS].to(self.options.device)
+        return observe(self.adapter, self.index, probe, self.call(probe))
 
     @property
     def block(self) -> nn.Module:
@@ -66,6 +77,28 @@ class Work:
         """Output of the block (or of another copy of it) for one chunk, back in host memory."""
         rows = rows.to(self.options.device)
         return self.adapter.replay(block or self.block, rows, self.call(rows)).to("cpu")
+
+    def watched_pass(self, watchers: dict[nn.Module, Watcher], block: nn.Module | None = None) -> Hidden:
+        """Outputs of the block for all rows; each watcher gets its module's inputs.
+
+        Rows whose output is not finite are dropped from ``hidden`` first, so that no watcher ever sees them.
+        """
+        kept: Hidden = []
+        outputs: Hidden = []
+        for rows in self.hidden:
+            seen: dict[nn.Module, Tensor] = {}
+            with watching({module: partial(seen.__setitem__, module) for module in watchers}):
+                out = self.run(rows, block)
+            finite = torch.isfinite(out).flatten(1).all(dim=1)
+            if finite.any():
+                kept.append(rows[finite])
+                outputs.append(out[finite])
+                for module, watcher in watchers.items():
+                    inputs = seen[module].view(len(rows), -1, seen[module].shape[-1])
+                    watcher(inputs if finite.all() else inputs[finite.to(inputs.device)])
+        self.dropped += sum(map(len, self.hidden)) - sum(map(len, kept))
+        self.hidden = kept
+        return outputs
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -132,14 +165,10 @@ class Precise:
 
 @contextmanager
 def watching(inputs: dict[nn.Module, Watcher]) -> Iterator[None]:
-    """Hand every input of these modules to their watcher, outside any autocast region."""
+    """Hand every input of these modules to their watcher."""
 
     def hook(watcher: Watcher) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            with torch.autocast(args[0].device.type, enabled=False):
-                watcher(args[0])
-
-        return see
+        return lambda _, args: watcher(args[0])
 
     handles = [module.register_forward_pre_hook(hook(watcher)) for module, watcher in inputs.items()]
     try:
