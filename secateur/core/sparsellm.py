@@ -13,8 +13,8 @@ keeps them: tokens come in chunks, and a chunk is used as it is handed out.
 T = tokens of a chunk, D = hidden size, K = inner size of the FFN.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -51,7 +51,7 @@ class SparseLLM:
     """Layer solver that prunes each matrix: attention, and the FFN inside every round."""
     mode: Literal["closed", "paper"] = "closed"
     """"closed" is our improved loop, "paper" the published procedure for comparison."""
-    iterations: int = 4
+    iterations: int = 3
     """Prunings of each FFN, the first one included (T in the paper); 1 = no alternating rounds."""
     alpha: float = 1.0
     """Penalty on the first matrices' outputs; only ratios of the three penalties matter."""
@@ -61,8 +61,8 @@ class SparseLLM:
     """Penalty on the activation."""
     gate_step: Literal["gauss-newton", "gradient"] = "gauss-newton"
     """How paper mode updates a gate's pre-activation; "gradient" is the published step, which can diverge."""
-    fit_damp: float = 0.01
-    """Ridge of the least-squares fits towards the original weights, as a fraction of mean(diag H)."""
+    fit_damp: float = 0.1
+    """Closed mode's ridge of the least-squares fits towards the original weights, as a fraction of mean(diag H)."""
     target: Literal["block", "ffn"] = "block"
     """What closed mode fits the FFN to: the dense block's output minus the pruned residual stream, or the dense FFN."""
 
@@ -141,18 +141,138 @@ def input_gram(tokens: Tokens) -> Float[Tensor, "D D"]:
     return gram.mean()
 
 
+# ------------------------------------------------------------------------------------------------- auxiliary variables
+
+
+class Auxiliary(NamedTuple):
+    """The auxiliary variables of one chunk of tokens, or the realised pre-activations that they start from."""
+
+    z: Float[Tensor, "T K"]
+    s: Float[Tensor, "T K"] | None
+    """None without a gate."""
+
+
+GATE_STEPS = {"gauss-newton": newton_step, "gradient": gradient_step}
+
+
+def pre_activations(ffn: FeedForward, X: Float[Tensor, "T D"]) -> Auxiliary:
+    """Outputs of the first matrices."""
+    return Auxiliary(ffn.up(X), ffn.gate(X) if ffn.gate else None)
+
+
+def activated(ffn: FeedForward, aux: Auxiliary) -> Float[Tensor, "T K"]:
+    """phi(s) z, or phi(z) without a gate."""
+    return ffn.activation.f(aux.z) if aux.s is None else ffn.activation.f(aux.s) * aux.z
+
+
+def stacked(aux: Auxiliary) -> Float[Tensor, "T R"]:
+    """s beside z, in the order of the stacked first matrices."""
+    return aux.z if aux.s is None else torch.cat([aux.s, aux.z], dim=1)
+
+
+def update_auxiliary(
+    ffn: FeedForward,
+    realised: Auxiliary,
+    p: Float[Tensor, "T K"],
+    old: Auxiliary,
+    penalties: Penalties,
+    gate_step: Callable[..., Tensor],
+) -> Auxiliary:
+    """z by its closed form (Newton for a plain FFN whose phi is not ReLU), then s of a gated one."""
+    if realised.s is None or old.s is None:
+        if ffn.activation.name == "relu":
+            return Auxiliary(relu_step(realised.z, p, penalties), None)
+        return Auxiliary(newton_step(realised.z, p, 1.0, old.z, ffn.activation, penalties), None)
+    z = up_step(realised.z, ffn.activation.f(old.s), p, penalties)
+    return Auxiliary(z, gate_step(realised.s, p, z, old.s, ffn.activation, penalties))
+
+
+def chunk_objective(
+    ffn: FeedForward,
+    realised: Auxiliary,
+    Y: Float[Tensor, "T D"],
+    p: Float[Tensor, "T K"],
+    aux: Auxiliary,
+    penalties: Penalties,
+) -> float:
+    """F of one chunk; Y without the down projection's bias."""
+    first = (stacked(aux) - stacked(realised)).square().sum()
+    coupling = (p - activated(ffn, aux)).square().sum()
+    output = (Y - p @ ffn.down.W.T).square().sum()
+    return float(penalties.alpha * first + penalties.gamma * coupling + penalties.beta * output)
+
+
 # --------------------------------------------------------------------------------------------------------- closed mode
+
+
+COUPLING = 0.1
+"""Closed mode's unit of alpha and gamma, as a fraction of mean(diag(W Wᵀ)) of the down projection: penalties of 1 mean the
+same whatever the scale of the weights."""
+STEPS = (4.0, 8.0, 16.0)
+"""Over-relaxations tried in every round: the auxiliary variables move only a part of the way that the weights can go."""
 
 
 def closed_feedforward(
     dense: FeedForward, train: Tokens, held: Tokens, patterns: Patterns, options: SparseLLM, solver: LayerSolver
 ) -> Refined:
-    """Prune an FFN against targets Y: first matrices, then down on realised activations, then alternating rounds."""
+    """Prune an FFN against targets Y: first matrices, then down on realised activations, then alternating rounds.
+
+    Stops when a round does not lower the error on the held-out tokens; the best iterate is returned.
+    """
     H = input_gram(train)
     first = solver.solve(first_weights(dense), H, patterns.first)
     ffn, down_gram, note = solve_down(with_first(dense, first.W), dense.down.W, train, patterns, options, solver)
+    best = Refined(ffn, (), H, down_gram, first.note or note)
     rounds = [Round(0, None, output_error(ffn, held), True)]
-    return Refined(ffn, tuple(rounds), H, down_gram, first.note or note)
+    for t in range(1, options.iterations):
+        direction, objective = pull(best.ffn, H, train, options)
+        ffn = step_along(best.ffn, direction, H, held, patterns, solver)
+        ffn, down_gram, note = solve_down(ffn, dense.down.W, train, patterns, options, solver)
+        rounds.append(Round(t, objective, output_error(ffn, held), True))
+        if not rounds[t].error < rounds[t - 1].error:
+            rounds[t] = rounds[t]._replace(chosen=False)
+            break
+        rounds[t - 1] = rounds[t - 1]._replace(chosen=False)
+        best = best._replace(ffn=ffn, down_gram=down_gram, note=best.note or note)
+    return best._replace(rounds=tuple(rounds))
+
+
+def pull(
+    ffn: FeedForward, H: Float[Tensor, "D D"], tokens: Tokens, options: SparseLLM
+) -> tuple[Float[Tensor, "R D"], float]:
+    """Where the targets pull the first matrices: the least-squares change that follows z and s one step from realised.
+
+    Anchored on the realised pre-activations, so that nothing has to be carried from round to round. Also the objective F
+    per token after that step.
+    """
+    W = first_weights(ffn)
+    unit = COUPLING * float(ffn.down.W.square().sum(dim=1).mean())
+    penalties = Penalties(options.alpha * unit, options.beta, options.gamma * unit)
+    step = ActivationStep(ffn.down.W, penalties)
+    residual = CrossMoments.zeros(W.shape[0], W.shape[1], W.device, W.dtype)
+    objective = 0.0
+    for X, Y in tokens:
+        realised, Y = pre_activations(ffn, X), ffn.down.without_bias(Y)
+        p = step(activated(ffn, realised), Y)
+        moved = update_auxiliary(ffn, realised, p, realised, penalties, newton_step)
+        residual.update(stacked(moved) - stacked(realised), X)
+        objective += chunk_objective(ffn, realised, Y, p, moved, penalties)
+    zero = torch.zeros_like(W)
+    return fit(zero, H, residual.mean(), options.fit_damp), objective / residual.tokens
+
+
+def step_along(
+    ffn: FeedForward,
+    direction: Float[Tensor, "R D"],
+    H: Float[Tensor, "D D"],
+    held: Tokens,
+    patterns: Patterns,
+    solver: LayerSolver,
+) -> FeedForward:
+    """The first matrices moved along a direction and pruned again, by the step whose true error is lowest."""
+    W = first_weights(ffn)
+    trials = [with_first(ffn, solver.solve(W + step * direction, H, patterns.first).W) for step in STEPS]
+    return min(trials, key=lambda trial: output_error(trial, held))
 
 
 def solve_down(
@@ -179,12 +299,8 @@ def solve_down(
 # ---------------------------------------------------------------------------------------------------------- paper mode
 
 
-class Auxiliary(NamedTuple):
-    """The auxiliary variables of one chunk of tokens."""
-
-    z: Float[Tensor, "T K"]
-    s: Float[Tensor, "T K"] | None
-    """None without a gate."""
+PAPER_DAMP = 0.01
+"""Ridge in place of the published pseudo-inverse, which inverts rounding noise; the published damping of H."""
 
 
 class FitSums(NamedTuple):
@@ -206,22 +322,18 @@ def paper_feedforward(
     z and s start from the dense network and are carried from round to round, as is H of the first matrices.
     """
     H = input_gram(tokens)
-    carried = [initial_auxiliary(dense, X) for X, _ in tokens]
+    carried = [pre_activations(dense, X) for X, _ in tokens]
     ffn, note, down_gram = pruned, "", torch.empty(0)
     rounds = [Round(0, None, output_error(pruned, tokens), options.iterations == 1)]
     for t in range(1, options.iterations):
         carried, sums = update_tokens(dense, ffn, tokens, carried, options)
         down_gram = sums.down_gram
-        first = solver.solve(fit(first_weights(dense), H, sums.first, options.fit_damp), H, patterns.first)
-        down = solver.solve(fit(dense.down.W, down_gram, sums.down, options.fit_damp), down_gram, patterns.down)
+        first = solver.solve(fit(first_weights(dense), H, sums.first, PAPER_DAMP), H, patterns.first)
+        down = solver.solve(fit(dense.down.W, down_gram, sums.down, PAPER_DAMP), down_gram, patterns.down)
         ffn, note = with_down(with_first(ffn, first.W), down.W), first.note or down.note
         last = t == options.iterations - 1
         rounds.append(Round(t, sums.objective, output_error(ffn, tokens), last))
     return Refined(ffn, tuple(rounds), H, down_gram, note)
-
-
-def initial_auxiliary(dense: FeedForward, X: Float[Tensor, "T D"]) -> Auxiliary:
-    return Auxiliary(dense.up(X), dense.gate(X) if dense.gate else None)
 
 
 def update_tokens(
@@ -231,53 +343,18 @@ def update_tokens(
     D, K = dense.down.W.shape
     W0, device, dtype = first_weights(dense), dense.down.W.device, dense.down.W.dtype
     step = ActivationStep(ffn.down.W, options.penalties)
+    gate_step = GATE_STEPS[options.gate_step]
     gram, down = Gram.zeros(K, device, dtype), CrossMoments.zeros(D, K, device, dtype)
     first = CrossMoments.zeros(W0.shape[0], W0.shape[1], device, dtype)
     updated: list[Auxiliary] = []
     objective = 0.0
     for (X, Y), old in zip(tokens, carried, strict=True):
-        Y = ffn.down.without_bias(Y)
+        realised, Y = pre_activations(ffn, X), ffn.down.without_bias(Y)
         p = step(activated(ffn, old), Y)
-        new = update_auxiliary(ffn, X, p, old, options)
+        new = update_auxiliary(ffn, realised, p, old, options.penalties, gate_step)
         updated.append(new)
         gram.update(p)
         down.update(Y - p @ dense.down.W.T, p)
-        first.update(pre_activations(new) - pre_activations(initial_auxiliary(dense, X)), X)
-        objective += chunk_objective(ffn, X, Y, p, new, options.penalties)
+        first.update(stacked(new) - stacked(pre_activations(dense, X)), X)
+        objective += chunk_objective(ffn, realised, Y, p, new, options.penalties)
     return updated, FitSums(first.mean(), down.mean(), gram.mean(), objective / gram.tokens)
-
-
-def activated(ffn: FeedForward, aux: Auxiliary) -> Float[Tensor, "T K"]:
-    """phi(s) z, or phi(z) without a gate."""
-    return ffn.activation.f(aux.z) if aux.s is None else ffn.activation.f(aux.s) * aux.z
-
-
-def pre_activations(aux: Auxiliary) -> Float[Tensor, "T R"]:
-    """s beside z, in the order of the stacked first matrices."""
-    return aux.z if aux.s is None else torch.cat([aux.s, aux.z], dim=1)
-
-
-def update_auxiliary(
-    ffn: FeedForward, X: Float[Tensor, "T D"], p: Float[Tensor, "T K"], old: Auxiliary, options: SparseLLM
-) -> Auxiliary:
-    """z by its closed form (Newton for a plain FFN whose phi is not ReLU), then s of a gated one."""
-    penalties, m = options.penalties, ffn.up(X)
-    if ffn.gate is None or old.s is None:
-        if ffn.activation.name == "relu":
-            return Auxiliary(relu_step(m, p, penalties), None)
-        return Auxiliary(newton_step(m, p, 1.0, old.z, ffn.activation, penalties), None)
-    z = up_step(m, ffn.activation.f(old.s), p, penalties)
-    gate_step = newton_step if options.gate_step == "gauss-newton" else gradient_step
-    return Auxiliary(z, gate_step(ffn.gate(X), p, z, old.s, ffn.activation, penalties))
-
-
-def chunk_objective(
-    ffn: FeedForward, X: Tensor, Y: Tensor, p: Float[Tensor, "T K"], aux: Auxiliary, penalties: Penalties
-) -> float:
-    """F of one chunk; Y without the down projection's bias."""
-    first = (aux.z - ffn.up(X)).square().sum()
-    if ffn.gate is not None and aux.s is not None:
-        first = first + (aux.s - ffn.gate(X)).square().sum()
-    coupling = (p - activated(ffn, aux)).square().sum()
-    output = (Y - p @ ffn.down.W.T).square().sum()
-    return float(penalties.alpha * first + penalties.gamma * coupling + penalties.beta * output)
