@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -32,7 +32,8 @@ from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import ModelError
 
-LINEAR_TYPES = (nn.Linear, Conv1D)
+Linear = nn.Linear | Conv1D
+"""The modules that hold a prunable matrix."""
 NOT_MATRICES = (nn.Embedding, nn.Conv1d)
 """Modules whose parameters have two axes or more without being a matrix that multiplies tokens: relative position
 tables, depthwise convolutions along time. They are left as they are."""
@@ -135,26 +136,30 @@ class DecoderAdapter:
         return seen
 
     def _placed(self, input_ids: Int[Tensor, "B S"]) -> Int[Tensor, "B S"]:
-        return input_ids.to(self.model.get_input_embeddings().weight.device)
+        return input_ids.to(_embedding(self.model).weight.device)
 
     def _tokens(self, batch: int, seq_len: int) -> Int[Tensor, "B S"]:
         """Some tokens, where it does not matter which."""
-        vocabulary = self.model.get_input_embeddings().num_embeddings
-        return (torch.arange(seq_len) % vocabulary).expand(batch, -1)
+        return (torch.arange(seq_len) % _embedding(self.model).num_embeddings).expand(batch, -1)
 
     # -------------------------------------------------------------------------------------------------------- weights
 
-    def linears(self, block: nn.Module) -> dict[str, nn.Module]:
+    def linears(self, block: nn.Module) -> dict[str, Linear]:
         """The linears of a block by their name inside it, in order of definition."""
-        return {name: module for name, module in block.named_modules() if isinstance(module, LINEAR_TYPES)}
+        return {name: module for name, module in block.named_modules() if isinstance(module, Linear)}
 
-    def read(self, linear: nn.Module) -> Float[Tensor, "R C"]:
+    def shape(self, linear: Linear) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        R, C = linear.weight.shape
+        return (C, R) if isinstance(linear, Conv1D) else (R, C)
+
+    def read(self, linear: Linear) -> Float[Tensor, "R C"]:
         """A float32 copy of the weight as (out, in)."""
         weight = linear.weight.detach()
         weight = weight.T if isinstance(linear, Conv1D) else weight
         return weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
-    def write(self, linear: nn.Module, W: Float[Tensor, "R C"]) -> None:
+    def write(self, linear: Linear, W: Float[Tensor, "R C"]) -> None:
         """Put (out, in) weights back in the linear's own dtype and place; every zero becomes +0.0."""
         target = linear.weight.detach()
         target = target.T if isinstance(linear, Conv1D) else target
@@ -162,7 +167,7 @@ class DecoderAdapter:
             raise ValueError(f"weight of shape {tuple(W.shape)} for a linear of shape {tuple(target.shape)} (out, in)")
         target.copy_(W.to(target.dtype) + 0.0)  # -0.0 + 0.0 = +0.0, after the cast: small values may underflow to -0.0
 
-    def bias(self, linear: nn.Module) -> Float[Tensor, " R"] | None:
+    def bias(self, linear: Linear) -> Float[Tensor, " R"] | None:
         """A float32 copy of the bias, if the linear has one."""
         return None if linear.bias is None else linear.bias.detach().to(torch.float32, copy=True)
 
@@ -190,28 +195,34 @@ def _find_blocks(model: PreTrainedModel, input_ids: Int[Tensor, "B S"]) -> tuple
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len({type(member) for member in module}) == 1
     }
-    members = {id(m): m for blocks in lists.values() for m in blocks}
-    called: list[tuple[nn.Module, bool]] = []
-    device = model.get_input_embeddings().weight.device
-    with (
-        torch.no_grad(),
-        _forward_hooks(
-            list(members.values()), lambda module, args, output: called.append((module, isinstance(output, tuple)))
-        ),
-    ):
-        model(input_ids=input_ids.to(device), use_cache=False)
+    called: list[nn.Module] = []
+    tuples: set[nn.Module] = set()
 
-    in_order = {name: blocks for name, blocks in lists.items() if [m for m, _ in called if m in set(blocks)] == blocks}
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        called.append(module)
+        if isinstance(output, tuple):
+            tuples.add(module)
+
+    members = list(dict.fromkeys(member for blocks in lists.values() for member in blocks))
+    with torch.no_grad(), _forward_hooks(members, note):
+        model(input_ids=input_ids.to(_embedding(model).weight.device), use_cache=False)
+
+    in_order = {name: blocks for name, blocks in lists.items() if _only(blocks, called) == blocks}
     if not in_order:
         raise ModelError(
             f"{type(model).__name__} has no list of same-class blocks that run one after the other; "
             "secateur prunes decoders built of equal blocks"
         )
     name = max(in_order, key=lambda name: sum(p.numel() for block in in_order[name] for p in block.parameters()))
-    return name, in_order[name], dict(called)[in_order[name][0]]
+    return name, in_order[name], in_order[name][0] in tuples
 
 
-def _refuse_uncovered(block_name: str, block: nn.Module, linears: dict[str, nn.Module]) -> None:
+def _only(wanted: list[nn.Module], modules: list[nn.Module]) -> list[nn.Module]:
+    members = set(wanted)
+    return [module for module in modules if module in members]
+
+
+def _refuse_uncovered(block_name: str, block: nn.Module, linears: dict[str, Linear]) -> None:
     """Fused experts and quantized matrices: parameters which `linears` would miss in silence, or could not read."""
     uncovered = {}
     for name, parameter in block.named_parameters():
@@ -289,6 +300,10 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]
     if args:
         return args[0], Call(args[1:], kwargs)
     return kwargs["hidden_states"], Call((), {name: value for name, value in kwargs.items() if name != "hidden_states"})
+
+
+def _embedding(model: PreTrainedModel) -> nn.Embedding:
+    return cast(nn.Embedding, model.get_input_embeddings())
 
 
 def _hidden_of(output: Any) -> Tensor:

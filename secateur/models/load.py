@@ -153,7 +153,7 @@ def _model(place: Place, source: str, dtype: str | torch.dtype) -> PreTrainedMod
         if getattr(config, "quantization_config", None) is not None:
             raise ModelError(f"{source} is already quantized; prune the original 16 or 32 bit model, then quantize it")
         more = {"config": config}
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         place.name,
         dtype=dtype,
         use_safetensors=True,
@@ -163,6 +163,7 @@ def _model(place: Place, source: str, dtype: str | torch.dtype) -> PreTrainedMod
         **more,
         **place.options,
     )
+    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"{source} lacks {len(missing)} of the model's tensors, such as {missing[0]}; {place.advice}")
     if mismatched := sorted(info["mismatched_keys"]):

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
+from logging import CRITICAL
 from typing import Any
 
 import tqdm
@@ -15,8 +16,8 @@ from transformers.utils import logging
 def quiet() -> Iterator[None]:
     """Errors still pass, as exceptions; what was set before is set again afterwards."""
     verbosity, hub_verbosity = logging.get_verbosity(), hub_logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    hub_logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(CRITICAL)
+    hub_logging.set_verbosity(CRITICAL)
     try:
         with _no_bars(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
