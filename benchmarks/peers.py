@@ -95,14 +95,21 @@ def run_once(peer: str, args: argparse.Namespace) -> None:
     """One contestant, then the perplexity of what it saved; one line into the log."""
     print(f"round {args.round + 1}: {args.contestant}, {args.method} ...", flush=True)
     runner, _ = CONTESTANTS[args.contestant]
+    clear(args)
     started = time.monotonic()
     measured = run_step(peer if runner == "theirs" else sys.executable, runner, args)
     measured["total_seconds"] = time.monotonic() - started
     measured |= run_step(sys.executable, "evaluate", args)
-    shutil.rmtree(result_dir(args))
+    clear(args)
     line = {name: vars(args)[name] for name in (*SETTINGS, "contestant", "method", "round")} | measured
     with LOG.open("a", encoding="utf-8") as log:
         log.write(json.dumps(line) + "\n")
+
+
+def clear(args: argparse.Namespace) -> None:
+    """Remove the output, and what a killed run left half written."""
+    for old in (result_dir(args), *OUT.glob(f".{args.contestant}-{args.method}.*")):
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def run_step(python: str, step: str, args: argparse.Namespace) -> dict[str, Any]:

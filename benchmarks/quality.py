@@ -3,10 +3,11 @@
     python benchmarks/quality.py run [--only TEXT] [--limit N]     resumable: finished cases are skipped
     python benchmarks/quality.py table                             the tables of docs/results.md, from what is finished
 
-Protocol: SmolLM2-135M-Instruct (``demo``), calibration 16 x 2048 tokens of calib/c4_en_train_1200.jsonl drawn by the seed,
-perplexity at 2048 on the first 40 windows of ppl/wikitext2_raw_test.txt and the first 20 of ppl/c4_en_validation_200.jsonl,
-no overlap, float32 loss over bfloat16-autocast forwards (float32 forwards differ by 0.06 %, see docs/results.md). The texts
-are found through SECATEUR_DATA. Every finished case is one line of benchmarks/results/quality.jsonl, with its recipe.
+Protocol: SmolLM2-135M-Instruct (``demo``), calibration 16 x 2048 tokens of calib/c4_en_train_1200.jsonl drawn by the
+seed, perplexity at 2048 on the first 40 windows of ppl/wikitext2_raw_test.txt and the first 20 of
+ppl/c4_en_validation_200.jsonl, no overlap, float32 loss over bfloat16-autocast forwards (float32 forwards differ by
+0.06 %, see docs/results.md). The texts are found through SECATEUR_DATA. Every finished case is one line of
+benchmarks/results/quality.jsonl, with its recipe.
 """
 
 import argparse
@@ -105,7 +106,9 @@ def run_case(case: Case) -> dict:
         result = prune("demo", replace(config, precision="bfloat16"))
         model, tokenizer, report = result.model, result.tokenizer, result.report
         report["recipe"]["data"] = CALIBRATION.name
-    texts = {"wikitext2": (WIKITEXT, 40), "c4": (C4, 20)} if case.windows == "40+20" else {"wikitext2": (WIKITEXT, None)}
+    texts = (
+        {"wikitext2": (WIKITEXT, 40), "c4": (C4, 20)} if case.windows == "40+20" else {"wikitext2": (WIKITEXT, None)}
+    )
     row = {"key": case.key, **vars(case)}
     for name, (path, limit) in texts.items():
         start = time.perf_counter()
@@ -113,7 +116,16 @@ def run_case(case: Case) -> dict:
             model, tokenizer, read_texts(str(path), "evaluation"), seq_len=2048, limit=limit, autocast=torch.bfloat16
         )
         row[name] = {"ppl": measured.ppl, "windows": measured.windows, "seconds": time.perf_counter() - start}
-    kept = ("recipe", "sparsity", "seconds", "peak_memory_bytes", "output_error", "dropped_rows", "warnings", "versions")
+    kept = (
+        "recipe",
+        "sparsity",
+        "seconds",
+        "peak_memory_bytes",
+        "output_error",
+        "dropped_rows",
+        "warnings",
+        "versions",
+    )
     return row | {"report": {name: report[name] for name in kept if name in report}}
 
 
@@ -137,7 +149,9 @@ def table() -> None:
         print(f"\n{title}" + (f"; dense {dense[name]['ppl']:.2f}" if dense else "") + "\n")
         print("| method | " + " | ".join(PATTERNS) + " |\n| --- |" + " ---: |" * len(PATTERNS))
         for method in METHODS:
-            print(f"| {method} | " + " | ".join(cell(done, dense, method, pattern, name) for pattern in PATTERNS) + " |")
+            print(
+                f"| {method} | " + " | ".join(cell(done, dense, method, pattern, name) for pattern in PATTERNS) + " |"
+            )
 
 
 def cell(done: dict, dense: dict | None, method: str, pattern: str, text: str) -> str:

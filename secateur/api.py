@@ -31,13 +31,15 @@ from secateur.pruning.oneshot import BlockRecord, RunOptions, prune_blocks, unif
 from secateur.report.artefact import promises_of, write_artefact, write_report
 from secateur.report.comparison import Comparison, compare
 from secateur.report.facts import Stopwatch, peak_memory, versions
-from secateur.report.progress import Progress, Silent
+from secateur.report.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BUILT_IN = ("demo", "embedded")
 """Names that mean the same everywhere, whatever lies in the working directory."""
+PROBE_TOKENS = 16
+"""Tokens on which a replay of all blocks is compared with the model's own forward."""
 
 
 @dataclass(frozen=True)
@@ -64,23 +66,24 @@ def prune(
 
     ``data`` overrides ``config.data``. ``out`` is a directory that does not exist yet or that an earlier run wrote.
     """
-    progress = progress or Silent()
     config = replace(config, data=data or config.data)
     device = resolve_device(config.device)
-    watch = Stopwatch()
+    watch = Stopwatch(progress)
     with staged(Path(out), overwrite=True) if out is not None else nullcontext() as folder:
-        loaded = _open(model, tokenizer, config.dtype, progress, watch)
+        with watch.stage("data", f"read {config.data}"):
+            texts = read_texts(config.data, "calibration")
+        loaded = _open(model, tokenizer, config.dtype, watch)
+        windows = _windows(loaded, texts, config)
         adapter = DecoderAdapter(loaded.model)
         plan = _plan(adapter, config)
-        texts, windows = _calibration(loaded, config, progress, watch)
-        with watch.stage("verify"):
-            adapter.verify(windows[:1, :16])
+        with watch.stage("verify", "compare a replay of the blocks with the model"):
+            adapter.verify(windows[:1, :PROBE_TOKENS])
         options = RunOptions(device, config.batch, config.precision)
-        records = _run(adapter, windows, plan, config.method, options, progress, watch)
+        records = _run(adapter, windows, plan, config.method, options, watch)
         settled = _settled(config, loaded, device, len(adapter.blocks))
         report = _report(loaded, settled, plan, records, texts, len(adapter.blocks))
         if folder is not None:
-            _save(folder, loaded, settled, plan, records, progress, watch)
+            _save(folder, loaded, settled, plan, records, watch)
         report |= {"out": None if out is None else str(out), "seconds": {**watch.seconds, "total": watch.total}}
         report["peak_memory_bytes"] = peak_memory()
         if folder is not None:
@@ -101,17 +104,21 @@ def _open(
     model: "str | os.PathLike[str] | PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase | None",
     dtype: Dtype,
-    progress: Progress,
     watch: Stopwatch,
 ) -> Loaded:
-    with watch.stage("load"):
-        if isinstance(model, str | os.PathLike):
-            progress.stage(f"load {os.fspath(model)}")
+    if isinstance(model, str | os.PathLike):
+        with watch.stage("load", f"load {os.fspath(model)}"):
             return load(os.fspath(model), dtype=dtype)
-        if tokenizer is None:
-            raise UsageError("a model given as an object needs its tokenizer; pass tokenizer=...")
-        model.requires_grad_(False).eval()
-        return Loaded(model, tokenizer, model.name_or_path or type(model).__name__, fingerprint(model))
+    if tokenizer is None:
+        raise UsageError("a model given as an object needs its tokenizer; pass tokenizer=...")
+    model.requires_grad_(False).eval()
+    return Loaded(model, tokenizer, model.name_or_path or type(model).__name__, fingerprint(model))
+
+
+def _windows(loaded: Loaded, texts: Texts, config: PruneConfig) -> torch.Tensor:
+    check_seq_len(config.seq_len, getattr(loaded.model.config, "max_position_embeddings", None))
+    tokens = tokenize(texts, loaded.tokenizer)
+    return sample_windows(tokens, config.samples, config.seq_len, torch.Generator().manual_seed(config.seed))
 
 
 def _plan(adapter: DecoderAdapter, config: PruneConfig) -> Plan:
@@ -121,35 +128,21 @@ def _plan(adapter: DecoderAdapter, config: PruneConfig) -> Plan:
         raise UsageError(str(error)) from error
 
 
-def _calibration(
-    loaded: Loaded, config: PruneConfig, progress: Progress, watch: Stopwatch
-) -> tuple[Texts, torch.Tensor]:
-    check_seq_len(config.seq_len, getattr(loaded.model.config, "max_position_embeddings", None))
-    progress.stage(f"read {config.data}")
-    with watch.stage("data"):
-        texts = read_texts(config.data, "calibration")
-        generator = torch.Generator().manual_seed(config.seed)
-        return texts, sample_windows(
-            tokenize(texts, loaded.tokenizer), config.samples, config.seq_len, generator=generator
-        )
-
-
 def _run(
     adapter: DecoderAdapter,
     windows: torch.Tensor,
     plan: Plan,
     method: Method,
     options: RunOptions,
-    progress: Progress,
     watch: Stopwatch,
 ) -> list[BlockRecord]:
     records = []
-    progress.stage("prune")
     with watch.stage("prune"):
         for record in prune_blocks(adapter, windows, plan, method, options):
             records.append(record)
             error = "not pruned" if record.output_error is None else f"output error {record.output_error:.4f}"
-            progress.update(len(records), len(adapter.blocks), f"{record.name}, {error}, {record.seconds:.1f} s")
+            said = f"{record.name}, {error}, {record.seconds:.1f} s"
+            watch.progress.update(len(records), len(adapter.blocks), said)
     return records
 
 
@@ -192,21 +185,13 @@ def _report(
 
 
 def _save(
-    folder: Path,
-    loaded: Loaded,
-    config: PruneConfig,
-    plan: Plan,
-    records: list[BlockRecord],
-    progress: Progress,
-    watch: Stopwatch,
+    folder: Path, loaded: Loaded, config: PruneConfig, plan: Plan, records: list[BlockRecord], watch: Stopwatch
 ) -> None:
-    progress.stage("save")
     source, promises = _lasting(loaded.source), promises_of(loaded.model, plan)
     with watch.stage("save"):
         save(loaded.model, loaded.tokenizer, folder)
         write_artefact(folder / "secateur", source=source, config=config, records=records, promises=promises)
-    progress.stage("check what was saved")
-    with watch.stage("inspect"):
+    with watch.stage("inspect", "check what was saved"):
         broken = inspect(folder).broken
     if broken:
         raise ArtefactError(f"the saved model breaks {len(broken)} promises, the first: {broken[0]}; nothing was kept")
@@ -229,30 +214,25 @@ def evaluate(
     progress: Progress | None = None,
 ) -> list[Comparison]:
     """Perplexity of a model, and of a baseline beside it, on each text. ``limit`` windows of ``seq_len`` at most."""
-    progress = progress or Silent()
+    watch = Stopwatch(progress)
     place = resolve_device(device)
     texts = [read_texts(name, "evaluation") for name in ([data] if isinstance(data, str) else data)]
 
     def measure(which: "str | os.PathLike[str] | PreTrainedModel") -> list[PerplexityResult]:
-        loaded = _open(which, tokenizer, dtype, progress, Stopwatch())
-        loaded.model.to(place)
-        results = []
-        for text in texts:
-            progress.stage(f"perplexity of {loaded.source} on {text.name}")
-            results.append(
-                evaluate_text(
-                    loaded.model,
-                    loaded.tokenizer,
-                    text,
-                    seq_len=seq_len,
-                    limit=limit,
-                    batch=batch,
-                    progress=progress.update,
-                )
-            )
-        return results
+        loaded = _open(which, tokenizer, dtype, watch)
+        loaded.model.to(place)  # pyright: ignore[reportArgumentType]  (a decorator in transformers hides self)
+        return [_perplexity(loaded, text, seq_len, limit, batch, watch.progress) for text in texts]
 
     results = measure(model)
     if baseline is None:
         return [Comparison(result) for result in results]
     return [compare(result, other) for result, other in zip(results, measure(baseline), strict=True)]
+
+
+def _perplexity(
+    loaded: Loaded, texts: Texts, seq_len: int, limit: int | None, batch: int, progress: Progress
+) -> PerplexityResult:
+    progress.stage(f"perplexity of {loaded.source} on {texts.name}")
+    return evaluate_text(
+        loaded.model, loaded.tokenizer, texts, seq_len=seq_len, limit=limit, batch=batch, progress=progress.update
+    )

@@ -1,6 +1,5 @@
 """Options that several verbs share, and how a verb prints."""
 
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -9,6 +8,8 @@ from typing import Any, TypeVar
 import click
 from rich.console import Console, RenderableType
 from rich.text import Text
+
+from secateur.report.jsonable import dumps
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -30,7 +31,7 @@ PIPE_WIDTH = 140
 def emit(as_json: bool, data: Any, *parts: RenderableType) -> None:
     """The result on stdout: JSON, or tables and lines, top to bottom. A line is never folded: it may be a command."""
     if as_json:
-        click.echo(json.dumps(data, indent=1))
+        click.echo(dumps(data))
         return
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
     console = Console(width=width, highlight=False, markup=False, emoji=False)

@@ -39,8 +39,9 @@ def command(
     from secateur.report.tables import prune_summary
 
     values = merged(model, recipe, flags, sets)
-    source = values.pop("model")
+    source = str(values.pop("model"))
     config = config_from_dict(values)
+    click.echo(f"{config.pattern}: {config.target.words()}", err=True)
     with on_stderr() as progress:
         result = prune(source, config, out=out, progress=progress)
     emit(as_json, result.report, *prune_summary(result.report))

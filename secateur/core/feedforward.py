@@ -6,8 +6,8 @@ up projection's output, s for the gate's, p for the down projection's input - an
     F = alpha |z - up(X)|² + alpha |s - gate(X)|² + gamma |p - phi(s) z|² + beta |Y - down(p)|²        (eq. 5)
 
 over one group of unknowns at a time. Given p, z and s, the matrices are pruned least-squares fits (``core.linalg.fit``
-and any layer solver). Given the matrices, every token is independent of every other, and each variable has a closed form or a
-scalar Newton step; those are the functions of this file. Only the ratios of alpha, beta and gamma matter.
+and any layer solver). Given the matrices, every token is independent of every other, and each variable has a closed
+form or a scalar Newton step; those are the functions of this file. Only the ratios of alpha, beta and gamma matter.
 
 Without a gate, z is the pre-activation itself: p ~ phi(z).
 
@@ -112,9 +112,9 @@ def newton_step(
     """Lower alpha (s - q)² + gamma (p - z phi(s))², elementwise, by damped Gauss-Newton from ``start``.
 
     With r = p - z phi(s) and J = z phi'(s) the step is (alpha (s - q) - gamma J r) / (alpha + gamma J²), a descent
-    direction since the denominator is at least alpha. It is shortened 4, 16, 64-fold where the objective would rise, and not
-    taken where even that does not help: the objective never increases. (The published two gradient steps of fixed
-    length diverge once |z phi'(s)| exceeds about 4.) z = 1 is the FFN without a gate.
+    direction since the denominator is at least alpha. It is shortened 4, 16, 64-fold where the objective would rise,
+    and not taken where even that does not help: the objective never increases. (The published two gradient steps of
+    fixed length diverge once |z phi'(s)| exceeds about 4.) z = 1 is the FFN without a gate.
     """
     alpha, gamma = penalties.alpha, penalties.gamma
 

@@ -2,9 +2,9 @@
 
 Calibration Grams are often rank deficient: a LayerNorm output has rank d - 1, a dead neuron gives a zero column, few
 tokens give few directions. A ridge, ``damp`` times mean(diag H), makes them definite and keeps the solution near the
-original weights in directions that the data does not excite. Where a factorisation fails all the same the ridge is raised
-tenfold, up to 1000 times, and the result says so; past that a NumericalError tells what to do. H is never replaced by the
-identity.
+original weights in directions that the data does not excite. Where a factorisation fails all the same the ridge is
+raised tenfold, up to 1000 times, and the result says so; past that a NumericalError tells what to do. H is never
+replaced by the identity.
 
 C = in_features, R = out_features, K = any number of right-hand sides.
 """
@@ -35,7 +35,9 @@ def mean_diagonal(H: Float[Tensor, "C C"]) -> float:
     scale = float(H.diagonal().mean())
     if not torch.isfinite(H).all():
         bad = int((~torch.isfinite(H)).sum())
-        raise NumericalError(f"{bad} of {H.numel()} second moments are not finite; the inputs overflow: use a wider dtype")
+        raise NumericalError(
+            f"{bad} of {H.numel()} second moments are not finite; the inputs overflow: use a wider dtype"
+        )
     if scale <= 0:
         raise NumericalError("every calibration input of this linear is zero, so nothing was learnt of it; exclude it")
     return scale
@@ -58,9 +60,10 @@ def cholesky(H: Float[Tensor, "C C"], damp: float) -> Factor:
         if int(info) == 0 and bool(torch.isfinite(L).all()):
             note = f"damping raised {rung:g}-fold to {ridge / scale:.3g} x mean(diag H)" if rung > 1 else ""
             return Factor(L, ridge, note)
+    size = H.shape[0]
     raise NumericalError(
-        f"a {H.shape[0]}x{H.shape[0]} Gram matrix is not positive definite even with {ridge / scale:.3g} x mean(diag H) "
-        "added; use more calibration samples, or a larger damp"
+        f"a {size}x{size} Gram matrix is not positive definite even with damping raised {LADDER[-1]:g}-fold "
+        f"from {damp:g} x mean(diag H); use more calibration samples, or a larger damp"
     )
 
 
@@ -82,7 +85,7 @@ def fit(
     """Least-squares weights of a target Y on inputs X, with a ridge towards W0 instead of towards zero.
 
     W = W0 + residual (H + damp mean(diag H) I)⁻¹, where H = XᵀX / tokens and residual = (Y - X W0ᵀ)ᵀX / tokens is what
-    W0 leaves unexplained (summed as such: forming YᵀX - W0 H afterwards would cancel). Directions that X does not excite
-    keep W0, where a pseudo-inverse returns 0 or amplified rounding noise.
+    W0 leaves unexplained (summed as such: forming YᵀX - W0 H afterwards would cancel). Directions that X does not
+    excite keep W0, where a pseudo-inverse returns 0 or amplified rounding noise.
     """
     return W0 + torch.cholesky_solve(residual.T, cholesky(H, damp).L).T

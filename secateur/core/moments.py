@@ -4,9 +4,9 @@ Stored as a plain sum and a token count; solvers see the mean. We call the mean 
 papers do (it is half the Hessian of a linear's squared error per token; factors of two and of the sample count that the
 papers put in front cancel everywhere, because damping is relative to mean(diag H)).
 
-Products are taken in float32 (float64 inputs stay float64) whatever the model's dtype; call outside any autocast region,
-where ``x.float() @ y.float()`` would silently run in 16 bit.
-Memory: C * C float32 per distinct input (485 MB at C = 11,008). Time: 2 T C² floating-point operations.
+Products are taken in float32 (float64 inputs stay float64) whatever the model's dtype; call outside any autocast
+region, where ``x.float() @ y.float()`` would silently run in 16 bit. Memory: C * C float32 per distinct input (485 MB
+at C = 11,008). Time: 2 T C² floating-point operations.
 
 T = tokens, C = in_features, K = width of a second variable.
 """
@@ -16,8 +16,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-
-
 
 
 @dataclass

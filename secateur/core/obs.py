@@ -6,8 +6,8 @@ the inverse damped Gram matrix, H⁻¹ = Uᵀ U.
 
 The arithmetic is R C² multiply-adds, but done column by column it is a stream of tiny memory-bound operations. So the
 sweep is two-level: rank-one updates stay inside a panel of 16 columns, one matrix product carries a panel's errors to
-the rest of its column block, and one carries a block's errors to the rest of the matrix. The weights are held transposed, so
-that a column is contiguous. The results are those of the naive loop up to rounding.
+the rest of its column block, and one carries a block's errors to the rest of the matrix. The weights are held
+transposed, so that a column is contiguous. The results are those of the naive loop up to rounding.
 
 R = out_features, C = in_features.
 """

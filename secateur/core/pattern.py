@@ -1,7 +1,7 @@
 """Which weights may be zero: a pattern is a value, never a string or a pair with a magic zero.
 
-Three families, one function: ``keep_mask(scores, pattern)`` keeps the highest scores and returns a bool mask, True = kept.
-The count is exact and ties are broken by position (the weight further left, then further up, is kept), so that
+Three families, one function: ``keep_mask(scores, pattern)`` keeps the highest scores and returns a bool mask, True =
+kept. The count is exact and ties are broken by position (the weight further left, then further up, is kept), so that
 the same scores always give the same mask and the achieved sparsity is what was asked for to the single weight.
 
 N:M counts the weights that are KEPT: 1:4 keeps one of every four (75 % zeros). SparseLLM's paper and SparseGPT's code
@@ -114,7 +114,11 @@ class Stacked:
 
 
 Pattern = Unstructured | NM | Block
-_KINDS: dict[str, type[Unstructured] | type[NM] | type[Block]] = {"unstructured": Unstructured, "n:m": NM, "block": Block}
+_KINDS: dict[str, type[Unstructured] | type[NM] | type[Block]] = {
+    "unstructured": Unstructured,
+    "n:m": NM,
+    "block": Block,
+}
 _NM_TEXT = re.compile(r"(\d+):(\d+)")
 _BLOCK_TEXT = re.compile(r"block:(\d+)x(\d+)")
 
@@ -184,7 +188,14 @@ def _keep_largest(scores: Float[Tensor, "rows n"], keep: int) -> Bool[Tensor, "r
         return torch.ones(rows, n, dtype=torch.bool, device=scores.device)
     if keep == 0:
         return torch.zeros(rows, n, dtype=torch.bool, device=scores.device)
+    if n <= 16:  # short rows, N:M groups: count for every score those that come before it
+        earlier = torch.ones(n, n, dtype=torch.bool, device=scores.device).tril(-1)
+        mine, other = scores[:, :, None], scores[:, None, :]
+        return ((other > mine) | ((other == mine) & earlier)).sum(dim=2) < keep
     threshold = scores.kthvalue(n - keep + 1, dim=1, keepdim=True).values
+    kept = scores >= threshold
+    if bool((kept.sum(dim=1) == keep).all()):  # no ties at the threshold
+        return kept
     above, tied = scores > threshold, scores == threshold
     room = keep - above.sum(dim=1, keepdim=True)
     return above | (tied & (tied.cumsum(dim=1) <= room))
@@ -252,7 +263,7 @@ def check_mask(mask: Bool[Tensor, "R C"], pattern: Pattern) -> str | None:
 
 
 def ramped(pattern: Pattern | Stacked, progress: float) -> Pattern | Stacked:
-    """The pattern on the way to its target: sparsity s (1 - (1 - progress)³), progress in [0, 1]; N:M stays as it is."""
+    """The pattern on its way: sparsity s (1 - (1 - progress)³), progress in [0, 1]; N:M stays as it is."""
     match pattern:
         case Stacked(parts):
             return Stacked(tuple((rows, ramped(part, progress)) for rows, part in parts))  # pyright: ignore[reportArgumentType]

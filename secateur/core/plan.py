@@ -1,4 +1,5 @@
-"""A plan says, linear by linear, what is to be pruned how. It is data: it prints, saves, and is checked before any work.
+"""A plan says, linear by linear, what is to be pruned how. It is data: it prints, saves, and is checked before any
+work.
 
 Linears absent from the plan are not touched. Names are those of the modules in the model
 ("model.layers.0.self_attn.q_proj").

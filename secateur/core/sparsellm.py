@@ -6,9 +6,9 @@ the loop that the paper leaves open: the down projection is fitted to the activa
 produces, rounds start from realised activations, and the best iterate by true error on held-out tokens is kept, with
 iteration 0 always a candidate.
 
-Everything that is needed of the tokens are Gram and cross-Gram matrices and one D x D solve per round; no pseudo-inverse, no
-K x K inverse, and memory does not grow with the tokens but for X, Y and (paper mode) z and s, which wait wherever the caller
-keeps them: tokens come in chunks, and a chunk is used as it is handed out.
+Everything that is needed of the tokens are Gram and cross-Gram matrices and one D x D solve per round; no
+pseudo-inverse, no K x K inverse, and memory does not grow with the tokens but for X, Y and (paper mode) z and s,
+which wait wherever the caller keeps them: tokens come in chunks, and a chunk is used as it is handed out.
 
 T = tokens of a chunk, D = hidden size, K = inner size of the FFN.
 """
@@ -41,13 +41,16 @@ Tokens = Sequence[tuple[Float[Tensor, "_ D"], Float[Tensor, "_ D"]]]
 """Chunks of (X, Y): inputs of the FFN and the outputs it is to have, in float32 on the device of the weights."""
 
 
+DEFAULT_INNER = ADMM()
+
+
 @dataclass(frozen=True)
 class SparseLLM:
     """Options of the block solver."""
 
     needs: ClassVar[Needs] = "gram"
 
-    inner: Solver = ADMM()
+    inner: Solver = DEFAULT_INNER
     """Layer solver that prunes each matrix: attention, and the FFN inside every round."""
     mode: Literal["closed", "paper"] = "closed"
     """"closed" is our improved loop, "paper" the published procedure for comparison."""
@@ -206,10 +209,10 @@ def chunk_objective(
 
 
 COUPLING = 0.1
-"""Closed mode's unit of alpha and gamma, as a fraction of mean(diag(W Wᵀ)) of the down projection: penalties of 1 mean the
-same whatever the scale of the weights."""
+"""Closed mode's unit of alpha and gamma, as a fraction of mean(diag(W Wᵀ)) of the down projection: penalties of 1
+mean the same whatever the scale of the weights."""
 STEPS = (4.0, 8.0, 16.0)
-"""Over-relaxations tried in every round: the auxiliary variables move only a part of the way that the weights can go."""
+"""Over-relaxations tried in every round: auxiliary variables move only part of the way that the weights can go."""
 
 
 def closed_feedforward(
@@ -242,8 +245,8 @@ def pull(
 ) -> tuple[Float[Tensor, "R D"], float]:
     """Where the targets pull the first matrices: the least-squares change that follows z and s one step from realised.
 
-    Anchored on the realised pre-activations, so that nothing has to be carried from round to round. Also the objective F
-    per token after that step.
+    Anchored on the realised pre-activations, so that nothing has to be carried from round to round. Also the
+    objective F per token after that step.
     """
     W = first_weights(ffn)
     unit = COUPLING * float(ffn.down.W.square().sum(dim=1).mean())

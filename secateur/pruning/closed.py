@@ -2,9 +2,9 @@
 
 1. Attention inputs (q, k, v) are pruned. 2. The attention is run again; its output projection is fitted to the dense
 block's attention output on the inputs it really gets now, then pruned. 3. The FFN's inputs are taken after that; its
-target is the dense block's output minus the pruned residual stream, so that it absorbs the attention's error too. 4. The
-FFN is pruned by ``core.sparsellm``.
-The cost is two and a half forwards of the block where layer-by-layer pruning needs one, and a copy of the block.
+target is the dense block's output minus the pruned residual stream, so that it absorbs the attention's error too. 4.
+The FFN is pruned by ``core.sparsellm``. The cost is two and a half forwards of the block where layer-by-layer pruning
+needs one, and a copy of the block.
 """
 
 import copy
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from secateur.core.linalg import fit
 from secateur.core.moments import CrossMoments, Gram
 from secateur.core.sparsellm import Refined, SparseLLM, closed_feedforward
-from secateur.pruning.ffn import HostTokens, dense_targets, ffn_patterns, ffn_view, refuse_unknown_ffn, write_ffn
+from secateur.pruning.ffn import HostTokens, dense_targets, ffn_patterns, ffn_view, write_ffn
 from secateur.pruning.layerwise import planned_groups
 from secateur.pruning.work import Hidden, Precise, Watcher, Work, watching
 
@@ -27,7 +27,7 @@ HELD_OUT = 8
 
 def closed(work: Work, options: SparseLLM) -> Refined:
     """Prune one block; returns what the FFN went through."""
-    refuse_unknown_ffn(work)
+    _ = work.form  # refused here, before any work
     dense = copy.deepcopy(work.block)
     outputs, attended = attention_inputs(work, dense, options)
     attention_output(work, attended, options)
@@ -91,7 +91,6 @@ def attention_output(work: Work, attended: list[Tensor], options: SparseLLM) -> 
 
 def ffn_tokens(work: Work, dense: nn.Module, outputs: Hidden, options: SparseLLM) -> tuple[Hidden, Hidden]:
     """Inputs X of the FFN behind the pruned attention, and the targets Y that it is fitted to."""
-    form = work.layout.ffn
     inputs, residuals = [], []
     with work.forwards("attention forward"), silenced(work, inputs):
         for rows in work.hidden:
@@ -105,7 +104,7 @@ def ffn_tokens(work: Work, dense: nn.Module, outputs: Hidden, options: SparseLLM
 @contextmanager
 def silenced(work: Work, inputs: Hidden) -> Iterator[None]:
     """The block without its FFN: its linears answer zeros at once; what would have entered the FFN is collected."""
-    form = work.layout.ffn
+    form = work.form
     names = {form.up.linear, form.down} | ({form.gate.linear} if form.gate else set())
 
     def zeros(rows: int) -> Callable[[Tensor], Tensor]:
@@ -117,8 +116,8 @@ def silenced(work: Work, inputs: Hidden) -> Iterator[None]:
     with watching({work.linear(form.up.linear): collect}), ExitStack() as stack:
         for name in names:
             linear = work.linear(name)
-            linear.forward = zeros(work.targets[name].shape[0])
-            stack.callback(linear.__dict__.pop, "forward")
+            vars(linear)["forward"] = zeros(work.targets[name].shape[0])
+            stack.callback(vars(linear).pop, "forward")
         yield
 
 

@@ -10,24 +10,13 @@ from secateur.core.feedforward import Affine, FeedForward
 from secateur.core.pattern import Stacked
 from secateur.core.solver import Pruned
 from secateur.core.sparsellm import Patterns, Refined
-from secateur.errors import ModelError
 from secateur.models.layout import FeedForwardForm, Half
 from secateur.pruning.work import Hidden, Work
 
 
-def refuse_unknown_ffn(work: Work) -> None:
-    """ModelError where this block's FFN has no form that SparseLLM knows, or is not planned as a whole."""
-    form, name = work.layout.ffn, work.adapter.block_names[work.index]
-    if form is None:
-        raise ModelError(f"{name}: {work.layout.ffn_refusal}; prune it with a layer solver such as admm instead")
-    wanted = {half.linear for half in (form.gate, form.up) if half} | {form.down}
-    if missing := wanted - work.targets.keys():
-        raise ModelError(f"{name}: SparseLLM prunes an FFN as a whole, but the plan lacks {', '.join(sorted(missing))}")
-
-
 def ffn_view(work: Work) -> FeedForward:
     """The block's FFN as matrices."""
-    form = work.layout.ffn
+    form = work.form
 
     def affine(half: Half) -> Affine:
         linear = work.linear(half.linear)
@@ -78,20 +67,20 @@ def first_linears(form: FeedForwardForm) -> tuple[str, ...]:
 
 
 def ffn_patterns(work: Work) -> Patterns:
-    form = work.layout.ffn
+    form = work.form
     first = tuple((work.targets[name].shape[0], work.targets[name].pattern) for name in first_linears(form))
     return Patterns(Stacked(first), work.targets[form.down].pattern)
 
 
 def write_ffn(work: Work, dense: FeedForward, refined: Refined) -> None:
     """The FFN's matrices back into their linears, halves of a fused one put together again; one record each."""
-    form, ffn = work.layout.ffn, refined.ffn
+    form, ffn = work.form, refined.ffn
     halves = [(form.up, dense.up.W, ffn.up.W)]
     if form.gate and dense.gate and ffn.gate:
         halves.append((form.gate, dense.gate.W, ffn.gate.W))
     for name in first_linears(form):
-        rows = sorted(((half.start, W0, W) for half, W0, W in halves if half.linear == name), key=lambda row: row[0])
-        before, after = (torch.cat([row[i] for row in rows]) for i in (1, 2))
+        parts = sorted((row for row in halves if row[0].linear == name), key=lambda row: row[0].start)
+        before, after = torch.cat([W0 for _, W0, _ in parts]), torch.cat([W for _, _, W in parts])
         work.solved((name,), before, Pruned(after, after != 0, refined.note), refined.first_gram)
     down = Pruned(ffn.down.W, ffn.down.W != 0, refined.note)
     work.solved((form.down,), dense.down.W, down, refined.down_gram)

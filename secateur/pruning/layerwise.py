@@ -1,7 +1,7 @@
 """Layer by layer: one forward of the block with hooks gives the moments of every linear, then each group is solved.
 
-This is how SparseGPT and Wanda are published: inside a block all linears see inputs that the dense block makes, while the
-block's own inputs come from the pruned blocks before it.
+This is how SparseGPT and Wanda are published: inside a block all linears see inputs that the dense block makes, while
+the block's own inputs come from the pruned blocks before it.
 """
 
 import torch
@@ -39,7 +39,7 @@ def observe(
     if solver.needs != "nothing":
         kind, device = ACCUMULATORS[solver.needs], torch.device(work.options.device)
         sums = {linears: kind.zeros(work.targets[linears[0]].shape[1], device) for linears in groups}
-    watchers = {work.linear(linears[0]): total.update for linears, total in sums.items()}
+    watchers: dict[nn.Module, Watcher] = {work.linear(linears[0]): total.update for linears, total in sums.items()}
     for module, watcher in also.items():
         watchers[module] = both(watchers[module], watcher) if module in watchers else watcher
     with work.forwards("observe"):

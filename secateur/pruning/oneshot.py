@@ -1,7 +1,7 @@
 """The one-shot pipeline: blocks one at a time, each seeing what the pruned blocks before it produce.
 
-``prune_blocks`` is a generator: it changes the model in place and yields one record per block, so that whoever runs it draws
-the progress bar, saves, or stops. Hidden states wait in host memory; the block at work is on the device.
+``prune_blocks`` is a generator: it changes the model in place and yields one record per block, so that whoever runs
+it draws the progress bar, saves, or stops. Hidden states wait in host memory; the block at work is on the device.
 """
 
 import time
@@ -36,8 +36,7 @@ def uniform_plan(adapter: DecoderAdapter, pattern: Pattern, blocks: Sequence[int
     targets = {}
     for index in blocks:
         for name, linear in adapter.linears(adapter.blocks[index]).items():
-            R, C = adapter.read(linear).shape
-            targets[f"{adapter.block_names[index]}.{name}"] = Target((R, C), pattern)
+            targets[f"{adapter.block_names[index]}.{name}"] = Target(adapter.shape(linear), pattern)
     return Plan(targets)
 
 
@@ -69,7 +68,7 @@ def prune_blocks(
 
 
 def prune_and_measure(work: Work, method: Method) -> tuple[float | None, Refined | None]:
-    """Prune one block and move its hidden states on; the share of its work that is lost, and what its FFN went through."""
+    """Prune one block, move its hidden states on; the share of its work that is lost, and its FFN's iterates."""
     sample = [work.run(rows) for rows in work.hidden[:ERROR_CHUNKS]]
     refined = prune_one(work, method)
     inputs = work.hidden[:ERROR_CHUNKS]

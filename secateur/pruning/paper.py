@@ -1,27 +1,28 @@
-"""SparseLLM's published procedure on a whole block: iteration 0 is the inner solver on every linear, then the FFN's rounds.
+"""SparseLLM's published procedure on a whole block: iteration 0 is the inner solver on every linear, then the FFN's
+rounds.
 
 Inputs and targets of the FFN come from the block with dense attention, as published, and nothing is re-run inside
 the block. With ``iterations=1`` this is the inner solver, bit for bit.
 """
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.core.sparsellm import Refined, SparseLLM, paper_feedforward
-from secateur.pruning.ffn import HostTokens, dense_targets, ffn_patterns, ffn_view, refuse_unknown_ffn, write_ffn
+from secateur.pruning.ffn import HostTokens, dense_targets, ffn_patterns, ffn_view, write_ffn
 from secateur.pruning.layerwise import layerwise
-from secateur.pruning.work import Hidden, Precise, Work
+from secateur.pruning.work import Hidden, Precise, Watcher, Work
 
 
 def paper(work: Work, options: SparseLLM) -> Refined | None:
     """Prune one block; returns what the FFN went through."""
-    refuse_unknown_ffn(work)
+    form = work.form
     inputs: Hidden = []
 
     def collect(X: Tensor) -> None:
         inputs.append(X.to("cpu"))
 
     dense = ffn_view(work)
-    seen = {work.linear(work.layout.ffn.up.linear): collect} if options.iterations > 1 else {}
+    seen: dict[nn.Module, Watcher] = {work.linear(form.up.linear): collect} if options.iterations > 1 else {}
     layerwise(work, options.inner, also=seen)
     if options.iterations == 1:
         return None

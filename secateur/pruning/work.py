@@ -1,7 +1,7 @@
 """One block on its way through a pruning method: its rows of hidden states, its calls, its linears.
 
-Hidden states wait in host memory in chunks of ``batch`` rows; the block is on the accelerator while it is worked on, and a
-chunk visits it. Forwards and Gram products run at ``RunOptions.precision``; solves always run in full float32.
+Hidden states wait in host memory in chunks of ``batch`` rows; the block is on the accelerator while it is worked on,
+and a chunk visits it. Forwards and Gram products run at ``RunOptions.precision``; solves always run in full float32.
 """
 
 import time
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from secateur.core.pattern import Pattern, Stacked
 from secateur.core.plan import Target
-from secateur.core.solver import LayerSolver, Pruned, relative_error
-from secateur.models.adapter import Call, DecoderAdapter
-from secateur.models.layout import Layout, observe
+from secateur.core.solver import LayerSolver, Needs, Pruned, relative_error
+from secateur.errors import ModelError
+from secateur.models.adapter import Call, DecoderAdapter, Linear
+from secateur.models.layout import FeedForwardForm, Layout, observe
 from secateur.pruning.records import LinearRecord
 
 Hidden = list[Float[Tensor, "B S D"]]
@@ -37,8 +38,8 @@ class RunOptions:
     batch: int = 1
     """Rows of a chunk."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Products inside float32 matrix multiplications of forwards and Grams. "bfloat16" rounds their inputs to 16 bit and adds
-    up in float32: 2 to 4 times faster on processors with AMX or AVX512-BF16."""
+    """Products inside float32 matrix multiplications of forwards and Grams. "bfloat16" rounds their inputs to 16 bit
+    and adds up in float32: 2 to 4 times faster on processors with AMX or AVX512-BF16."""
 
 
 @dataclass
@@ -64,11 +65,25 @@ class Work:
         return observe(self.adapter, self.index, probe, self.call(probe))
 
     @property
+    def form(self) -> FeedForwardForm:
+        """The form of the block's FFN; ModelError where SparseLLM knows none or the plan lacks a part."""
+        form, name = self.layout.ffn, self.adapter.block_names[self.index]
+        if form is None:
+            raise ModelError(f"{name}: {self.layout.ffn_refusal}; prune it with a layer solver such as admm instead")
+        wanted = {half.linear for half in (form.gate, form.up) if half} | {form.down}
+        if missing := wanted - self.targets.keys():
+            lacking = ", ".join(sorted(missing))
+            raise ModelError(f"{name}: SparseLLM prunes an FFN as a whole, but the plan lacks {lacking}")
+        return form
+
+    @property
     def block(self) -> nn.Module:
         return self.adapter.blocks[self.index]
 
-    def linear(self, name: str) -> nn.Module:
-        return self.block.get_submodule(name)
+    def linear(self, name: str) -> Linear:
+        linear = self.block.get_submodule(name)
+        assert isinstance(linear, Linear)
+        return linear
 
     def call(self, rows: Float[Tensor, "B S D"]) -> Call:
         return self.adapter.calls(rows.shape[0], rows.shape[1])[self.index].to(self.options.device)
@@ -152,10 +167,11 @@ def products(precision: Literal["float32", "bfloat16"]) -> Iterator[None]:
 
 
 class Precise:
-    """A layer solver that computes in full float32 wherever it is called from."""
+    """A layer solver that computes in full float32 wherever it is called from, its time accounted for."""
+
+    needs: ClassVar[Needs] = "gram"
 
     def __init__(self, solver: LayerSolver, work: "Work") -> None:
-        self.needs = solver.needs
         self._solver, self._work = solver, work
 
     def solve(self, W: Float[Tensor, "R C"], H: Float[Tensor, "..."], pattern: Pattern | Stacked) -> Pruned:

@@ -5,6 +5,7 @@
     comparison  a model's perplexity beside its baseline's
     methods     the pruning methods, read from their classes
     artefact    the files of OUT/secateur/: recipe, records, report, promise
+    jsonable    JSON that every parser reads
     tables      rich tables on stdout
 
 Nothing here computes; it reads records and files.

@@ -8,7 +8,6 @@
 Only records and report hold what changes from run to run (seconds, memory).
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from secateur.config import PruneConfig, dump_recipe
 from secateur.core.pattern import pattern_to_dict
+from secateur.report.jsonable import dumps
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,13 +35,13 @@ def write_artefact(
     """All files but the report, which is written last, by ``write_report``."""
     folder.mkdir()
     (folder / "recipe.yaml").write_text(dump_recipe(source, config), encoding="utf-8")
-    lines = [json.dumps(record.to_dict()) for record in records]
+    lines = [dumps(record.to_dict(), indent=None) for record in records]
     (folder / "records.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    (folder / "promise.json").write_text(_json(promises), encoding="utf-8")
+    (folder / "promise.json").write_text(dumps(promises) + "\n", encoding="utf-8")
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
-    (folder / "report.json").write_text(_json(report), encoding="utf-8")
+    (folder / "report.json").write_text(dumps(report) + "\n", encoding="utf-8")
 
 
 def promises_of(model: "nn.Module", plan: "Plan") -> dict[str, Any]:
@@ -63,7 +63,3 @@ def _tied(model: "nn.Module") -> list[list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
     return [group for group in names.values() if len(group) > 1]
-
-
-def _json(data: Any) -> str:
-    return json.dumps(data, indent=1) + "\n"

@@ -8,15 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 
+from secateur.report.progress import Progress, Silent
+
 
 class Stopwatch:
-    """Wall seconds of named stages, in the order in which they ran."""
+    """Wall seconds of named stages, in the order in which they ran, and who is told when one begins."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Progress | None = None) -> None:
+        self.progress = progress or Silent()
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str, said: str = "") -> Iterator[None]:
+        self.progress.stage(said or name)
         start = time.perf_counter()
         try:
             yield

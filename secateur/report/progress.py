@@ -39,18 +39,23 @@ class Silent:
 
 
 class Lines:
-    """A plain line for each stage and each update, for log files and pipes."""
+    """A plain line for each stage and for an update every few seconds, for log files and pipes."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._name, self._start = "", 0.0
+    def __init__(self, stream: TextIO, every: float = 2.0) -> None:
+        self._stream, self._every = stream, every
+        self._name, self._start, self._last = "", 0.0, 0.0
 
     def stage(self, name: str) -> None:
         self._name, self._start = name, time.monotonic()
+        self._last = self._start
         print(name, file=self._stream, flush=True)
 
     def update(self, done: int, total: int, detail: str = "") -> None:
-        left = timedelta(seconds=round((time.monotonic() - self._start) / done * (total - done)))
+        now = time.monotonic()
+        if done < total and now - self._last < self._every:
+            return
+        self._last = now
+        left = timedelta(seconds=round((now - self._start) / done * (total - done)))
         parts = [f"{self._name} {done}/{total}", detail, f"left {left}"]
         print(", ".join(filter(None, parts)), file=self._stream, flush=True)
 

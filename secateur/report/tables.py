@@ -33,7 +33,7 @@ def size(count: float) -> str:
 
 
 def percent(share: float) -> str:
-    return f"{100 * share:.2f} %"
+    return f"{100 * share:.2f}%"
 
 
 def command(label: str, *words: str) -> Text:
@@ -63,7 +63,7 @@ def prune_summary(report: dict[str, Any]) -> list[RenderableType]:
     """What was done, in ten lines, and the command that measures it."""
     data, blocks = report["data"], report["blocks"]
     rows = {
-        "pattern": f"{report['pattern']['short']}: {report['pattern']['words']}",
+        "pattern": f"{report['recipe']['pattern']}: {report['pattern']['words']}",
         "pruned": f"{report['linears']} linears in {blocks['pruned']} of {blocks['total']} blocks,"
         f" {report['weights']:,} weights",
         "sparsity": _sparsity(report),

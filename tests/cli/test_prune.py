@@ -1,7 +1,9 @@
 """The verbs from end to end on a model of 18,000 weights: what is printed, what is saved, what can be relied on."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -51,7 +53,7 @@ def test_out_says_what_was_done(pruned, model_dir, text_file):
     assert report["data"]["sha256"]
     assert report["data"]["samples"] == 4
     assert set(report["versions"]) == {"secateur", "torch", "transformers", "python"}
-    assert set(report["seconds"]) == {"load", "data", "verify", "prune", "save", "inspect", "total"}
+    assert set(report["seconds"]) == {"data", "load", "verify", "prune", "save", "inspect", "total"}
     assert report["peak_memory_bytes"] > 1e8
     assert report["model"]["fingerprint"]
     lines = (out / "secateur" / "records.jsonl").read_text().splitlines()
@@ -63,8 +65,9 @@ def test_out_says_what_was_done(pruned, model_dir, text_file):
 
 def test_what_is_printed(pruned, model_dir):
     out, ran = pruned
-    assert "keep 2 of every 4 weights" in ran.out
-    assert "50.00 % asked, 50.00 % achieved" in ran.out
+    assert "2:4: keep 2 of every 4 weights (50% zeros)" in ran.out
+    assert ran.err.startswith("2:4: keep 2 of every 4 weights"), "said before the work begins"
+    assert "50.00% asked, 50.00% achieved" in ran.out
     assert f"secateur eval {out} --baseline {model_dir} --data wikitext2 --seq-len 32" in ran.out
     assert "prune 2/2, model.layers.1" in ran.err, "progress belongs on stderr"
     assert "left 0:00:00" in ran.err
@@ -121,6 +124,13 @@ def test_a_run_that_fails_keeps_the_old_out_and_leaves_nothing(pruned, run, tmp_
     assert "No space left" in ran.error
     assert files(out) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_that_is_ended_from_outside_leaves_nothing(run, pruned, tmp_path, monkeypatch):
+    monkeypatch.setattr("secateur.api.save", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit, match="143"):
+        run("prune", "--recipe", pruned[0] / "secateur" / "recipe.yaml", "--out", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_save_that_breaks_a_promise_is_not_kept(pruned, run, tmp_path, monkeypatch):
@@ -244,4 +254,4 @@ def test_python_needs_the_tokenizer_of_a_model_object(model_dir):
     from secateur import PruneConfig, prune
 
     with pytest.raises(ValueError, match="tokenizer="):
-        prune(AutoModelForCausalLM.from_pretrained(model_dir), PruneConfig(sparsity=0.5))
+        prune(AutoModelForCausalLM.from_pretrained(model_dir), PruneConfig(sparsity=0.5), data="embedded")

@@ -1,12 +1,14 @@
 """Small words of the reports: units, progress, what is said when two perplexities do not compare."""
 
 import io
+import math
 
 import pytest
 from rich.console import Console
 from rich.progress import Progress as RichProgress
 
 from secateur.report.facts import Stopwatch, peak_memory
+from secateur.report.jsonable import dumps
 from secateur.report.progress import Bar, Lines, on_stderr
 from secateur.report.tables import command, eval_command, seconds, size
 
@@ -40,11 +42,24 @@ def test_the_next_command_measures_on_other_text(data, tail):
 
 def test_plain_lines_tell_the_time_left():
     stream = io.StringIO()
-    lines = Lines(stream)
+    lines = Lines(stream, every=0)
     lines.stage("prune")
     lines.update(1, 2, "block 0")
     lines.update(2, 2)
     assert stream.getvalue() == "prune\nprune 1/2, block 0, left 0:00:00\nprune 2/2, left 0:00:00\n"
+
+
+def test_plain_lines_are_few():
+    stream = io.StringIO()
+    lines = Lines(stream)
+    lines.stage("eval")
+    for done in range(1, 101):
+        lines.update(done, 100)
+    assert stream.getvalue() == "eval\neval 100/100, left 0:00:00\n"
+
+
+def test_json_has_no_nan():
+    assert dumps({"ppl": math.inf, "error": [math.nan, 1.5]}, indent=None) == '{"ppl": null, "error": [null, 1.5]}'
 
 
 def test_a_bar_is_one_task_that_begins_again_at_each_stage():

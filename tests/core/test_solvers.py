@@ -1,4 +1,4 @@
-"""The contract of every layer solver: pattern exact, zeros exact, arguments untouched, deterministic, never a silent failure."""
+"""The contract of every layer solver: pattern exact, zeros exact, arguments untouched, deterministic."""
 
 import itertools
 

@@ -27,7 +27,8 @@ def ffn(activation="silu", gated=True, bias=False, dtype=torch.float64, seed=0):
 
     def affine(R, C):
         return Affine(
-            torch.randn(R, C, generator=g, dtype=dtype) / C**0.5, torch.randn(R, generator=g, dtype=dtype) if bias else None
+            torch.randn(R, C, generator=g, dtype=dtype) / C**0.5,
+            torch.randn(R, generator=g, dtype=dtype) if bias else None,
         )
 
     return FeedForward(affine(K, D), affine(D, K), affine(K, D) if gated else None, ACTIVATIONS[activation])
@@ -140,5 +141,5 @@ def test_dead_neurons_stay_finite():
 
 @pytest.mark.parametrize("options", [{"iterations": 0}, {"alpha": 0.0}, {"gamma": -1.0}, {"fit_damp": -0.1}])
 def test_bad_options(options):
-    with pytest.raises(ValueError, match="must be|at least 1"):
+    with pytest.raises(ValueError, match=r"must be|at least 1"):
         SparseLLM(**options)

@@ -1,8 +1,8 @@
 """Wanda (arXiv:2306.11695): score a weight by |w| times the norm of its input channel. No compensation.
 
-The published method compares weights inside each output row; that is the pattern ``Unstructured(s, per="row")`` here and
-a choice of the user's, since the score does not depend on it.
-Memory: C floats per linear. Time: one pass over the weights.
+The published method compares weights inside each output row; that is the pattern ``Unstructured(s, per="row")`` here
+and a choice of the user's, since the score does not depend on it. Memory: C floats per linear. Time: one pass over
+the weights.
 """
 
 from dataclasses import dataclass

@@ -1,0 +1,36 @@
+"""``secateur demo`` with a tiny model in place of SmolLM2: one table, plain words about the text, the next command."""
+
+import pytest
+
+import secateur.api as api
+import secateur.cli.demo as demo
+
+
+@pytest.fixture
+def small_demo(monkeypatch, tmp_path, model_dir):
+    load = api.load
+    monkeypatch.setattr(api, "load", lambda source, **options: load(str(model_dir) if source == "demo" else source))
+    monkeypatch.setattr(demo, "SAMPLES", 4)
+    monkeypatch.setattr(demo, "SEQ_LEN", 64)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_demo_prints_one_table_and_the_next_command(small_demo, run):
+    ran = run("demo")
+    assert ran.code == 0, ran.err
+    for words in ("perplexity on held-out text", "dense", "pruned", "50.00%", "time to prune", "peak memory"):
+        assert words in ran.out
+    assert "CPython's own help text" in ran.out
+    assert "Next:  secateur prune demo --pattern 2:4 --data embedded" in ran.out
+    assert "CPython's own help text" in ran.err, "said before the work begins"
+    assert (small_demo / "secateur-demo" / "secateur" / "recipe.yaml").is_file()
+    assert run("inspect", "secateur-demo").code == 0
+
+
+def test_demo_replaces_its_own_out_and_speaks_json(small_demo, run):
+    assert run("demo", "--out", "mine").code == 0
+    ran = run("demo", "--out", "mine", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["prune"]["sparsity"]["achieved"] == 0.5
+    assert ran.json["eval"]["log_ppl_gap"] is not None
