@@ -54,7 +54,7 @@ class SparseLLM:
     """Layer solver that prunes each matrix: attention, and the FFN inside every round."""
     mode: Literal["closed", "paper"] = "closed"
     """"closed" is our improved loop, "paper" the published procedure for comparison."""
-    iterations: int = 3
+    iterations: int = 2
     """Prunings of each FFN, the first one included (T in the paper); 1 = no alternating rounds."""
     alpha: float = 1.0
     """Penalty on the first matrices' outputs; only ratios of the three penalties matter."""
@@ -211,7 +211,7 @@ def chunk_objective(
 COUPLING = 0.1
 """Closed mode's unit of alpha and gamma, as a fraction of mean(diag(W Wᵀ)) of the down projection: penalties of 1
 mean the same whatever the scale of the weights."""
-STEPS = (4.0, 8.0, 16.0)
+STEPS = (8.0, 16.0)
 """Over-relaxations tried in every round: auxiliary variables move only part of the way that the weights can go."""
 
 

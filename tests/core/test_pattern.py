@@ -147,3 +147,15 @@ def test_ramp_starts_dense_and_ends_on_target():
     assert ramped(Unstructured(0.8), 0.0).sparsity == 0
     assert ramped(Unstructured(0.8), 1.0).sparsity == pytest.approx(0.8)
     assert ramped(NM(2, 4), 0.1) == NM(2, 4)
+
+
+@pytest.mark.parametrize("sparsity", [0.001, 0.3, 0.7, 0.95, 0.9999])
+@pytest.mark.parametrize(
+    "make", [torch.rand, torch.ones, torch.zeros, lambda *n, **g: torch.rand(*n, **g).round(decimals=2)]
+)
+def test_large_matrices_are_cut_at_the_exact_rank(make, sparsity):
+    g = {} if make in (torch.ones, torch.zeros) else {"generator": torch.Generator().manual_seed(2)}
+    scores = make(300, 400, **g)
+    mask = keep_mask(scores, Unstructured(sparsity))
+    assert (~mask).sum() == int(sparsity * 120_000 + 0.5)
+    assert scores[mask].min() >= scores[~mask].max()
