@@ -36,6 +36,9 @@ from secateur.report.progress import Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    Source = str | os.PathLike[str] | PreTrainedModel | Loaded
+    """A model: by name or path, as an object, or as ``models.load`` gives it."""
+
 BUILT_IN = ("demo", "embedded")
 """Names that mean the same everywhere, whatever lies in the working directory."""
 PROBE_TOKENS = 16
@@ -54,7 +57,7 @@ class PruneResult:
 
 
 def prune(
-    model: "str | os.PathLike[str] | PreTrainedModel",
+    model: "Source",
     config: PruneConfig,
     data: str | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -101,11 +104,13 @@ def resolve_device(device: Device) -> str:
 
 
 def _open(
-    model: "str | os.PathLike[str] | PreTrainedModel",
+    model: "Source",
     tokenizer: "PreTrainedTokenizerBase | None",
     dtype: Dtype,
     watch: Stopwatch,
 ) -> Loaded:
+    if isinstance(model, Loaded):
+        return model
     if isinstance(model, str | os.PathLike):
         with watch.stage("load", f"load {os.fspath(model)}"):
             return load(os.fspath(model), dtype=dtype)
@@ -201,10 +206,10 @@ def _save(
 
 
 def evaluate(
-    model: "str | os.PathLike[str] | PreTrainedModel",
+    model: "Source",
     data: str | Sequence[str],
     *,
-    baseline: "str | os.PathLike[str] | PreTrainedModel | None" = None,
+    baseline: "Source | None" = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     seq_len: int = 2048,
     limit: int | None = None,
@@ -218,10 +223,13 @@ def evaluate(
     place = resolve_device(device)
     texts = [read_texts(name, "evaluation") for name in ([data] if isinstance(data, str) else data)]
 
-    def measure(which: "str | os.PathLike[str] | PreTrainedModel") -> list[PerplexityResult]:
+    def measure(which: "Source") -> list[PerplexityResult]:
         loaded = _open(which, tokenizer, dtype, watch)
-        loaded.model.to(place)  # pyright: ignore[reportArgumentType]  (a decorator in transformers hides self)
-        return [_perplexity(loaded, text, seq_len, limit, batch, watch.progress) for text in texts]
+        home = loaded.model.device
+        torch.nn.Module.to(loaded.model, place)
+        results = [_perplexity(loaded, text, seq_len, limit, batch, watch.progress) for text in texts]
+        torch.nn.Module.to(loaded.model, home)
+        return results
 
     results = measure(model)
     if baseline is None:

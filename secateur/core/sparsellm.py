@@ -13,7 +13,7 @@ which wait wherever the caller keeps them: tokens come in chunks, and a chunk is
 T = tokens of a chunk, D = hidden size, K = inner size of the FFN.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from secateur.core.activations import Activation
 from secateur.core.feedforward import (
     ActivationStep,
     Affine,
@@ -211,6 +212,8 @@ def chunk_objective(
 COUPLING = 0.1
 """Closed mode's unit of alpha and gamma, as a fraction of mean(diag(W Wᵀ)) of the down projection: penalties of 1
 mean the same whatever the scale of the weights."""
+SLICE = 512
+"""Tokens of a slice."""
 STEPS = (8.0, 16.0)
 """Over-relaxations tried in every round: auxiliary variables move only part of the way that the weights can go."""
 
@@ -254,14 +257,32 @@ def pull(
     step = ActivationStep(ffn.down.W, penalties)
     residual = CrossMoments.zeros(W.shape[0], W.shape[1], W.device, W.dtype)
     objective = 0.0
-    for X, Y in tokens:
+    for X, Y in slices(tokens):
         realised, Y = pre_activations(ffn, X), ffn.down.without_bias(Y)
         p = step(activated(ffn, realised), Y)
-        moved = update_auxiliary(ffn, realised, p, realised, penalties, newton_step)
+        moved = update_auxiliary(ffn, realised, p, realised, penalties, one_newton_step)
         residual.update(stacked(moved) - stacked(realised), X)
         objective += chunk_objective(ffn, realised, Y, p, moved, penalties)
     zero = torch.zeros_like(W)
     return fit(zero, H, residual.mean(), options.fit_damp), objective / residual.tokens
+
+
+def slices(tokens: Tokens) -> Iterator[tuple[Float[Tensor, "_ D"], Float[Tensor, "_ D"]]]:
+    """The same tokens in pieces whose elementwise work stays in a processor's cache."""
+    for X, Y in tokens:
+        yield from zip(X.split(SLICE), Y.split(SLICE), strict=True)
+
+
+def one_newton_step(
+    q: Float[Tensor, "T K"],
+    p: Float[Tensor, "T K"],
+    z: Float[Tensor, "T K"],
+    start: Float[Tensor, "T K"],
+    activation: Activation,
+    penalties: Penalties,
+) -> Float[Tensor, "T K"]:
+    """One Gauss-Newton iteration is enough of a direction: the weights' step along it is searched afterwards."""
+    return newton_step(q, p, z, start, activation, penalties, iterations=1)
 
 
 def step_along(

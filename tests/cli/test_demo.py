@@ -2,14 +2,15 @@
 
 import pytest
 
-import secateur.api as api
 import secateur.cli.demo as demo
+import secateur.models.load as loading
 
 
 @pytest.fixture
 def small_demo(monkeypatch, tmp_path, model_dir):
-    load = api.load
-    monkeypatch.setattr(api, "load", lambda source, **options: load(str(model_dir) if source == "demo" else source))
+    load = loading.load
+    tiny = {"demo": str(model_dir)}
+    monkeypatch.setattr(loading, "load", lambda source, **options: load(tiny.get(source, source), **options))
     monkeypatch.setattr(demo, "SAMPLES", 4)
     monkeypatch.setattr(demo, "SEQ_LEN", 64)
     monkeypatch.chdir(tmp_path)

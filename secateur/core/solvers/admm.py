@@ -49,12 +49,13 @@ class ADMM:
         factor = cholesky(G, self.damp + self.rho)
         inverse = torch.cholesky_inverse(factor.L)
         fixed = W0 @ G + self.damp * W0  # right-hand side without the penalty, C + damp W0
-        current, dual = W0, torch.zeros_like(W0)
-        mask = torch.ones_like(W0, dtype=torch.bool)
+        total = W0  # W + U
+        mask, kept = torch.ones_like(W0, dtype=torch.bool), torch.ones_like(W0)
         for t in range(1, self.iterations + 1):
             if t <= self.ramp:
-                mask = keep_mask((current + dual).abs(), ramped(pattern, t / self.ramp))
-            Z = (current + dual) * mask
-            dual = dual + current - Z
-            current = (fixed + self.rho * (Z - dual)) @ inverse
-        return apply_mask((current + dual) / norms, mask, factor.note)
+                mask = keep_mask(total.abs(), ramped(pattern, t / self.ramp))
+                kept = mask.to(W0.dtype)  # products with a float mask are several times faster than with a bool one
+            Z = total * kept
+            dual = total - Z
+            total = torch.add(fixed, Z - dual, alpha=self.rho) @ inverse + dual
+        return apply_mask(total / norms, mask, factor.note)
