@@ -17,7 +17,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -103,7 +103,7 @@ def run_case(case: Case) -> dict:
             samples=16,
             seed=case.seed,
         )
-        result = prune("demo", replace(config, precision="bfloat16"))
+        result = prune("demo", config)
         model, tokenizer, report = result.model, result.tokenizer, result.report
         report["recipe"]["data"] = CALIBRATION.name
     texts = (

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from secateur.config import Device, Dtype, Method, PruneConfig, config_from_dict
+from secateur.config import Device, Dtype, Method, Precision, PruneConfig, config_from_dict
 from secateur.core.plan import Plan
 from secateur.data.sources import Texts, read_texts
 from secateur.data.tokens import check_seq_len, sample_windows, tokenize
@@ -81,9 +81,10 @@ def prune(
         plan = _plan(adapter, config)
         with watch.stage("verify", "compare a replay of the blocks with the model"):
             adapter.verify(windows[:1, :PROBE_TOKENS])
-        options = RunOptions(device, config.batch, config.precision)
+        precision = resolve_precision(config.precision, device)
+        options = RunOptions(device, config.batch, precision)
         records = _run(adapter, windows, plan, config.method, options, watch)
-        settled = _settled(config, loaded, device, len(adapter.blocks))
+        settled = _settled(config, loaded, device, precision, len(adapter.blocks))
         report = _report(loaded, settled, plan, records, texts, len(adapter.blocks))
         if folder is not None:
             _save(folder, loaded, settled, plan, records, watch)
@@ -101,6 +102,14 @@ def resolve_device(device: Device) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise DeviceError("--device cuda, but torch sees no CUDA device here; use --device cpu or auto")
     return device
+
+
+def resolve_precision(precision: Precision, device: str) -> Literal["float32", "bfloat16"]:
+    """What ``auto`` means here: bfloat16 on a processor with instructions for its products, else float32."""
+    if precision != "auto":
+        return precision
+    able = torch.cpu.get_capabilities() if device == "cpu" else {}
+    return "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
 
 
 def _open(
@@ -151,11 +160,11 @@ def _run(
     return records
 
 
-def _settled(config: PruneConfig, loaded: Loaded, device: str, total: int) -> PruneConfig:
+def _settled(config: PruneConfig, loaded: Loaded, device: str, precision: str, total: int) -> PruneConfig:
     """The config with nothing left to circumstances: no auto, no relative path, blocks by number."""
     blocks = config.block_range(total)
     dtype = str(loaded.model.dtype).removeprefix("torch.")
-    fields = {"device": device, "dtype": dtype, "blocks": f"{blocks.start}:{blocks.stop}"}
+    fields = {"device": device, "dtype": dtype, "precision": precision, "blocks": f"{blocks.start}:{blocks.stop}"}
     return config_from_dict({**config.to_dict(), **fields, "data": _lasting(config.data)})
 
 

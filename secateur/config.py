@@ -31,6 +31,7 @@ METHODS: dict[str, type[Method]] = {"sparsellm": SparseLLM, **SOLVERS}
 DEFAULT_METHOD = SparseLLM()
 
 Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "float32", "bfloat16"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 _BLOCKS = re.compile(r"(\d+):(\d+)")
@@ -62,8 +63,8 @@ class PruneConfig:
     """Type that the model is loaded and saved in; auto keeps the checkpoint's."""
     batch: int = 1
     """Windows that go through a block together. More is faster and needs more memory."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of products in forwards and Gram matrices; bfloat16 is faster on processors that know it. Solves stay float32."""
+    precision: Precision = "auto"
+    """Of products in forwards and Gram matrices; auto takes bfloat16 where the processor multiplies it."""
 
     def __post_init__(self) -> None:
         make_pattern(self.pattern, self.sparsity)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from secateur.data.sources import Texts
 from secateur.errors import UsageError
-from secateur.evaluate import perplexity as module
+from secateur.evaluation import perplexity as module
 from secateur.evaluation.perplexity import evaluate_text, log_gap, perplexity
 
 PROTOCOL = {"bytes_per_token": 4.0, "text": "random", "joiner": "", "bos": "none"}
