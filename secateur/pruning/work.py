@@ -55,7 +55,8 @@ class Work:
     dropped: int = 0
     """Rows that turned non-finite in this block and are no longer in ``hidden``."""
     seconds: dict[str, float] = field(default_factory=dict)
-    records: list[LinearRecord] = field(default_factory=list)
+    records: dict[str, LinearRecord] = field(default_factory=dict)
+    """By full name; the last solve of a linear is the one on record."""
 
     @cached_property
     def layout(self) -> Layout:
@@ -139,15 +140,14 @@ class Work:
             self.adapter.write(linear, W)
             written = self.adapter.read(linear)
             target = self.targets[name]
-            self.records.append(
-                LinearRecord(
-                    name=f"{self.adapter.block_names[self.index]}.{name}",
-                    shape=target.shape,
-                    pattern=str(target.pattern),
-                    sparsity=float((written == 0).double().mean()),
-                    relative_error=None if H is None else relative_error(W0, written, H),
-                    note=after.note,
-                )
+            full_name = f"{self.adapter.block_names[self.index]}.{name}"
+            self.records[full_name] = LinearRecord(
+                name=full_name,
+                shape=target.shape,
+                pattern=str(target.pattern),
+                sparsity=float((written == 0).double().mean()),
+                relative_error=None if H is None else relative_error(W0, written, H),
+                note=after.note,
             )
 
     def stacked(self, linears: tuple[str, ...]) -> tuple[Float[Tensor, "R C"], Stacked]:
