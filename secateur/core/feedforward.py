@@ -14,6 +14,7 @@ Without a gate, z is the pre-activation itself: p ~ phi(z).
 T = tokens, D = hidden size, K = inner size of the FFN (h in the paper).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -133,19 +134,25 @@ def newton_step(
     return s
 
 
-def _at(z, index):  # type: ignore[no-untyped-def]
+def _at(z: Tensor | float, index: tuple[Tensor, ...]) -> Tensor | float:
     return z[index] if isinstance(z, Tensor) else z
 
 
-def _shortened(s, step, best, index, cost):  # type: ignore[no-untyped-def]
+def _shortened(
+    s: Float[Tensor, "T K"],
+    step: Float[Tensor, "T K"],
+    best: Float[Tensor, "T K"],
+    index: tuple[Tensor, ...],
+    cost: Callable[[Tensor, tuple[Tensor, ...]], Tensor],
+) -> tuple[Float[Tensor, " failed"], Float[Tensor, " failed"]]:
     """For the few elements whose full step failed: the longest of the shorter steps that does not raise the cost."""
-    s, step, best = s[index], step[index], best[index]
-    chosen, value = s.clone(), best.clone()
-    todo = torch.ones_like(s, dtype=torch.bool)
+    start, full, value = s[index], step[index], best[index]
+    chosen, best_so_far = start, value
+    todo = torch.ones_like(start, dtype=torch.bool)
     for length in (1 / 4, 1 / 16, 1 / 64):
-        trial = s - length * step
+        trial = start - length * full
         trial_value = cost(trial, index)
-        good = todo & (trial_value <= best)
+        good = todo & (trial_value <= best_so_far)
         chosen, value = torch.where(good, trial, chosen), torch.where(good, trial_value, value)
         todo &= ~good
     return chosen, value
@@ -168,3 +175,58 @@ def gradient_step(
         slope -= 2 * penalties.gamma * z * activation.df(s) * (p - z * activation.f(s))
         s = s - rate * slope
     return s
+
+
+class Auxiliary(NamedTuple):
+    """The auxiliary variables of one chunk of tokens, or the realised pre-activations that they start from."""
+
+    z: Float[Tensor, "T K"]
+    s: Float[Tensor, "T K"] | None
+    """None without a gate."""
+
+
+def pre_activations(ffn: FeedForward, X: Float[Tensor, "T D"]) -> Auxiliary:
+    """Outputs of the first matrices."""
+    return Auxiliary(ffn.up(X), ffn.gate(X) if ffn.gate else None)
+
+
+def activated(ffn: FeedForward, aux: Auxiliary) -> Float[Tensor, "T K"]:
+    """phi(s) z, or phi(z) without a gate."""
+    return ffn.activation.f(aux.z) if aux.s is None else ffn.activation.f(aux.s) * aux.z
+
+
+def stacked(aux: Auxiliary) -> Float[Tensor, "T R"]:
+    """s beside z, in the order of the stacked first matrices."""
+    return aux.z if aux.s is None else torch.cat([aux.s, aux.z], dim=1)
+
+
+def update_auxiliary(
+    ffn: FeedForward,
+    realised: Auxiliary,
+    p: Float[Tensor, "T K"],
+    old: Auxiliary,
+    penalties: Penalties,
+    gate_step: Callable[..., Tensor],
+) -> Auxiliary:
+    """z by its closed form (Newton for a plain FFN whose phi is not ReLU), then s of a gated one."""
+    if realised.s is None or old.s is None:
+        if ffn.activation.name == "relu":
+            return Auxiliary(relu_step(realised.z, p, penalties), None)
+        return Auxiliary(newton_step(realised.z, p, 1.0, old.z, ffn.activation, penalties), None)
+    z = up_step(realised.z, ffn.activation.f(old.s), p, penalties)
+    return Auxiliary(z, gate_step(realised.s, p, z, old.s, ffn.activation, penalties))
+
+
+def chunk_objective(
+    ffn: FeedForward,
+    realised: Auxiliary,
+    Y: Float[Tensor, "T D"],
+    p: Float[Tensor, "T K"],
+    aux: Auxiliary,
+    penalties: Penalties,
+) -> float:
+    """F of one chunk; Y without the down projection's bias."""
+    first = (stacked(aux) - stacked(realised)).square().sum()
+    coupling = (p - activated(ffn, aux)).square().sum()
+    output = (Y - p @ ffn.down.W.T).square().sum()
+    return float(penalties.alpha * first + penalties.gamma * coupling + penalties.beta * output)

@@ -13,7 +13,7 @@ which wait wherever the caller keeps them: tokens come in chunks, and a chunk is
 T = tokens of a chunk, D = hidden size, K = inner size of the FFN.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -25,12 +25,16 @@ from secateur.core.activations import Activation
 from secateur.core.feedforward import (
     ActivationStep,
     Affine,
+    Auxiliary,
     FeedForward,
     Penalties,
+    activated,
+    chunk_objective,
     gradient_step,
     newton_step,
-    relu_step,
-    up_step,
+    pre_activations,
+    stacked,
+    update_auxiliary,
 )
 from secateur.core.linalg import fit
 from secateur.core.moments import CrossMoments, Gram
@@ -143,67 +147,6 @@ def input_gram(tokens: Tokens) -> Float[Tensor, "D D"]:
     for X, _ in tokens:
         gram.update(X)
     return gram.mean()
-
-
-# ------------------------------------------------------------------------------------------------- auxiliary variables
-
-
-class Auxiliary(NamedTuple):
-    """The auxiliary variables of one chunk of tokens, or the realised pre-activations that they start from."""
-
-    z: Float[Tensor, "T K"]
-    s: Float[Tensor, "T K"] | None
-    """None without a gate."""
-
-
-GATE_STEPS = {"gauss-newton": newton_step, "gradient": gradient_step}
-
-
-def pre_activations(ffn: FeedForward, X: Float[Tensor, "T D"]) -> Auxiliary:
-    """Outputs of the first matrices."""
-    return Auxiliary(ffn.up(X), ffn.gate(X) if ffn.gate else None)
-
-
-def activated(ffn: FeedForward, aux: Auxiliary) -> Float[Tensor, "T K"]:
-    """phi(s) z, or phi(z) without a gate."""
-    return ffn.activation.f(aux.z) if aux.s is None else ffn.activation.f(aux.s) * aux.z
-
-
-def stacked(aux: Auxiliary) -> Float[Tensor, "T R"]:
-    """s beside z, in the order of the stacked first matrices."""
-    return aux.z if aux.s is None else torch.cat([aux.s, aux.z], dim=1)
-
-
-def update_auxiliary(
-    ffn: FeedForward,
-    realised: Auxiliary,
-    p: Float[Tensor, "T K"],
-    old: Auxiliary,
-    penalties: Penalties,
-    gate_step: Callable[..., Tensor],
-) -> Auxiliary:
-    """z by its closed form (Newton for a plain FFN whose phi is not ReLU), then s of a gated one."""
-    if realised.s is None or old.s is None:
-        if ffn.activation.name == "relu":
-            return Auxiliary(relu_step(realised.z, p, penalties), None)
-        return Auxiliary(newton_step(realised.z, p, 1.0, old.z, ffn.activation, penalties), None)
-    z = up_step(realised.z, ffn.activation.f(old.s), p, penalties)
-    return Auxiliary(z, gate_step(realised.s, p, z, old.s, ffn.activation, penalties))
-
-
-def chunk_objective(
-    ffn: FeedForward,
-    realised: Auxiliary,
-    Y: Float[Tensor, "T D"],
-    p: Float[Tensor, "T K"],
-    aux: Auxiliary,
-    penalties: Penalties,
-) -> float:
-    """F of one chunk; Y without the down projection's bias."""
-    first = (stacked(aux) - stacked(realised)).square().sum()
-    coupling = (p - activated(ffn, aux)).square().sum()
-    output = (Y - p @ ffn.down.W.T).square().sum()
-    return float(penalties.alpha * first + penalties.gamma * coupling + penalties.beta * output)
 
 
 # --------------------------------------------------------------------------------------------------------- closed mode
@@ -323,6 +266,7 @@ def solve_down(
 # ---------------------------------------------------------------------------------------------------------- paper mode
 
 
+GATE_STEPS = {"gauss-newton": newton_step, "gradient": gradient_step}
 PAPER_DAMP = 0.01
 """Ridge in place of the published pseudo-inverse, which inverts rounding noise; the published damping of H."""
 

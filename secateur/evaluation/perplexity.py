@@ -137,7 +137,7 @@ def window_losses(
     with torch.autocast(ids.device.type, autocast) if autocast else nullcontext():
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     terms = [
-        F.cross_entropy(some.float().transpose(1, 2), targets, reduction="none")
+        F.cross_entropy(some.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
         for some, targets in zip(logits.split(POSITIONS, dim=1), ids[:, 1:].split(POSITIONS, dim=1), strict=True)
     ]
     return torch.cat(terms, dim=1).double().mean(dim=1)
