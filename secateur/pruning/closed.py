@@ -22,7 +22,8 @@ from secateur.pruning.layerwise import planned_groups
 from secateur.pruning.work import Hidden, Precise, Watcher, Work, watching
 
 HELD_OUT = 8
-"""One calibration chunk in so many is held out of the FFN's fits and judges its iterates."""
+"""One calibration chunk in so many is held out of the FFN's fits and judges its iterates; with fewer chunks than that
+they are judged on the chunks they were fitted on."""
 
 
 def closed(work: Work, options: SparseLLM) -> Refined:
@@ -77,7 +78,8 @@ def attention_output(work: Work, attended: list[Tensor], options: SparseLLM) -> 
     def see(a: Tensor) -> None:
         a = a.float()
         gram.update(a)
-        residual.update((next(waiting).to(a.device).float() - a) @ W0.T, a)  # what W0 now leaves unexplained
+        lost = next(waiting).to(a.device).float().view_as(a) - a
+        residual.update(lost @ W0.T, a)  # what W0 leaves unexplained on these inputs
         raise _ReachedError
 
     with work.forwards("attention forward"), watching({work.linear(out): see}):

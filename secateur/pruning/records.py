@@ -42,7 +42,7 @@ class BlockRecord:
     linears: tuple[LinearRecord, ...] = ()
     rounds: tuple[RoundRecord, ...] = ()
     stages: dict[str, float] = field(default_factory=dict)
-    """Seconds by stage."""
+    """Seconds by stage; "solve" is also part of the stage around it."""
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "block", **asdict(self)}

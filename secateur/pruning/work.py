@@ -92,7 +92,8 @@ class Work:
     def run(self, rows: Float[Tensor, "B S D"], block: nn.Module | None = None) -> Float[Tensor, "B S D"]:
         """Output of the block (or of another copy of it) for one chunk, back in host memory."""
         rows = rows.to(self.options.device)
-        with torch.autocast(rows.device.type, torch.bfloat16, enabled=self.options.precision == "bfloat16"):
+        rounded = self.options.precision == "bfloat16" and rows.dtype == torch.float32
+        with torch.autocast(rows.device.type, torch.bfloat16, enabled=rounded):
             return self.adapter.replay(block or self.block, rows, self.call(rows)).to("cpu", rows.dtype)
 
     def watched_pass(self, watchers: dict[nn.Module, Watcher], block: nn.Module | None = None) -> Hidden:

@@ -148,6 +148,18 @@ def test_bfloat16_models_stay_bfloat16():
         assert check_mask(model.get_submodule(linear).weight != 0, Unstructured(0.5)) is None
 
 
+@pytest.mark.parametrize("method", ["sparsegpt", "closed", "paper"])
+def test_rounded_products_keep_the_promise_and_lose_little(method):
+    exact, rounded = make("llama"), make("llama")
+    _, records = run(exact, METHODS[method], precision="float32")
+    plan, close = run(rounded, METHODS[method], precision="bfloat16")
+    for linear, target in plan.items():
+        assert check_mask(rounded.get_submodule(linear).weight != 0, target.pattern) is None
+    assert {p.dtype for p in rounded.parameters()} == {torch.float32}
+    assert close[0].output_error == pytest.approx(records[0].output_error, rel=0.1)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_rounds_are_recorded_and_the_best_is_chosen():
     _, records = run(make("llama"), CLOSED)
     for record in records:
