@@ -15,13 +15,13 @@ T = tokens of a chunk, D = hidden size, K = inner size of the FFN.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.core.activations import Activation
 from secateur.core.feedforward import (
     ActivationStep,
     Affine,
@@ -198,12 +198,13 @@ def pull(
     unit = COUPLING * float(ffn.down.W.square().sum(dim=1).mean())
     penalties = Penalties(options.alpha * unit, options.beta, options.gamma * unit)
     step = ActivationStep(ffn.down.W, penalties)
+    gate_step = partial(newton_step, iterations=1)  # enough of a direction: the step along it is searched afterwards
     residual = CrossMoments.zeros(W.shape[0], W.shape[1], W.device, W.dtype)
     objective = 0.0
     for X, Y in slices(tokens):
         realised, Y = pre_activations(ffn, X), ffn.down.without_bias(Y)
         p = step(activated(ffn, realised), Y)
-        moved = update_auxiliary(ffn, realised, p, realised, penalties, one_newton_step)
+        moved = update_auxiliary(ffn, realised, p, realised, penalties, gate_step)
         residual.update(stacked(moved) - stacked(realised), X)
         objective += chunk_objective(ffn, realised, Y, p, moved, penalties)
     zero = torch.zeros_like(W)
@@ -214,18 +215,6 @@ def slices(tokens: Tokens) -> Iterator[tuple[Float[Tensor, "_ D"], Float[Tensor,
     """The same tokens in pieces whose elementwise work stays in a processor's cache."""
     for X, Y in tokens:
         yield from zip(X.split(SLICE), Y.split(SLICE), strict=True)
-
-
-def one_newton_step(
-    q: Float[Tensor, "T K"],
-    p: Float[Tensor, "T K"],
-    z: Float[Tensor, "T K"],
-    start: Float[Tensor, "T K"],
-    activation: Activation,
-    penalties: Penalties,
-) -> Float[Tensor, "T K"]:
-    """One Gauss-Newton iteration is enough of a direction: the weights' step along it is searched afterwards."""
-    return newton_step(q, p, z, start, activation, penalties, iterations=1)
 
 
 def step_along(
