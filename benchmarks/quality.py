@@ -6,8 +6,8 @@
 Protocol: SmolLM2-135M-Instruct (``demo``), calibration 16 x 2048 tokens of calib/c4_en_train_1200.jsonl drawn by the
 seed, perplexity at 2048 on the first 40 windows of ppl/wikitext2_raw_test.txt and the first 20 of
 ppl/c4_en_validation_200.jsonl, no overlap, float32 loss over bfloat16-autocast forwards (float32 forwards differ by
-0.06 %, see docs/results.md). Cases of "all" windows measure the whole WikiText-2 test text in the same pass. The texts are
-found through SECATEUR_DATA. Every finished case is one line of benchmarks/results/quality.jsonl, with its recipe.
+0.06 %, see docs/results.md). Cases of "all" windows measure the whole WikiText-2 test text in the same pass. The texts
+are found through SECATEUR_DATA. Every finished case is one line of benchmarks/results/quality.jsonl, with its recipe.
 
 Two processes of one thread each, ``--part 1/2`` and ``--part 2/2`` under OMP_NUM_THREADS=1, do the work of two cores
 about 1.7 times as fast as one process of two threads; "seconds" in the results are then those of one busy core.
@@ -47,14 +47,16 @@ METHODS = {
     "wanda": "wanda",
     "sparsegpt": "sparsegpt",
     "admm": "admm",
-    "paper (sparsegpt)": {"name": "sparsellm", "mode": "paper", "inner": "sparsegpt"},
+    "paper (sparsegpt)": {"name": "sparsellm", "mode": "paper", "inner": "sparsegpt", "iterations": 4},
     "closed (sparsegpt)": {"name": "sparsellm", "inner": "sparsegpt"},
     "closed (admm)": {"name": "sparsellm"},
     "closed (admm), no rounds": {"name": "sparsellm", "iterations": 1},
+    "closed (admm), one round": {"name": "sparsellm", "iterations": 2},
     "sparsegpt, float32 forwards": "sparsegpt",
 }
 ABLATIONS = {
     "closed (admm), no rounds": ("70%", "2:4", "50%"),
+    "closed (admm), one round": ("70%",),
     "sparsegpt, float32 forwards": ("70%",),
 }
 """Methods that are run at some patterns only."""
@@ -200,7 +202,7 @@ def row_of(done: dict, method: str, pattern: str, seed: int = 0) -> dict | None:
 
 
 def cell(done: dict, base: dict | None, method: str, pattern: str, text: str) -> str:
-    """Perplexity (mean ± standard deviation over seeds), and the share of SparseGPT's log-perplexity gap, seed by seed."""
+    """Perplexity (mean ± standard deviation over seeds), and the mean share of SparseGPT's log-perplexity gap."""
     rows = {seed: row for seed in (0, 1, 2) if (row := row_of(done, method, pattern, seed))}
     values = [row[text]["ppl"] for row in rows.values()]
     if not values:

@@ -68,6 +68,15 @@ class Penalties(NamedTuple):
     """On the activation: p = phi(s) z."""
 
 
+class Change(NamedTuple):
+    """How the activation step moves a token."""
+
+    activation: Float[Tensor, "T K"]
+    """p - a."""
+    left: Float[Tensor, "T D"]
+    """Y - W p: what stays unexplained of the output."""
+
+
 class ActivationStep:
     """argmin over p of gamma |p - a|² + beta |Y - W p|² for many tokens: one D x D factorisation, then products.
 
@@ -80,9 +89,15 @@ class ActivationStep:
         L = cholesky(penalties.gamma * eye + penalties.beta * (W @ W.T), damp=0.0).L
         self._W = W
         self._back = penalties.beta * torch.cholesky_solve(W, L)  # beta K⁻¹ W
+        self._left = penalties.gamma * torch.cholesky_inverse(L)  # Y - W p = gamma K⁻¹ (Y - W a)
 
     def __call__(self, a: Float[Tensor, "T K"], Y: Float[Tensor, "T D"]) -> Float[Tensor, "T K"]:
         return torch.addmm(a, Y - a @ self._W.T, self._back)
+
+    def change(self, a: Float[Tensor, "T K"], Y: Float[Tensor, "T D"]) -> "Change":
+        """p - a, and what p leaves of Y."""
+        lost = Y - a @ self._W.T
+        return Change(lost @ self._back, lost @ self._left)
 
 
 def relu_step(m: Float[Tensor, "T K"], p: Float[Tensor, "T K"], penalties: Penalties) -> Float[Tensor, "T K"]:
@@ -215,6 +230,46 @@ def update_auxiliary(
         return Auxiliary(newton_step(realised.z, p, 1.0, old.z, ffn.activation, penalties), None)
     z = up_step(realised.z, ffn.activation.f(old.s), p, penalties)
     return Auxiliary(z, gate_step(realised.s, p, z, old.s, ffn.activation, penalties))
+
+
+def anchored_step(
+    ffn: FeedForward, realised: Auxiliary, r: Float[Tensor, "T K"], penalties: Penalties, slice: int
+) -> tuple[Float[Tensor, "T R"], float]:
+    """How s and z (stacked) move one Gauss-Newton step from realised, to follow the activation by r = p - a; the cost.
+
+    argmin over (ds, dz) of alpha (ds² + dz²) + gamma (r - J ds - g dz)² (eq. 5 linearised), J = z phi'(s), g = phi(s):
+    both are their slope times w = gamma r / (alpha + gamma (J² + g²)), at the cost of alpha r w. Without a gate there is
+    J = phi'(z) only; ReLU, which has no slope where it is off, takes its exact step. ``slice`` tokens at a time.
+    """
+    moves, costs = [], []
+    for i in range(0, len(r), slice):
+        z, s = realised.z[i : i + slice], None if realised.s is None else realised.s[i : i + slice]
+        move, cost = _anchored_moves(ffn.activation, z, s, r[i : i + slice], penalties)
+        moves.append(move)
+        costs.append(cost.sum())
+    return torch.cat(moves), float(torch.stack(costs).sum())
+
+
+def _anchored_moves(
+    activation: Activation,
+    z: Float[Tensor, "T K"],
+    s: Float[Tensor, "T K"] | None,
+    r: Float[Tensor, "T K"],
+    penalties: Penalties,
+) -> tuple[Float[Tensor, "T R"], Float[Tensor, "T K"]]:
+    """Changes and costs of one slice."""
+    alpha, gamma = penalties.alpha, penalties.gamma
+    if s is None and activation.name == "relu":
+        a = activation.f(z)
+        moved = relu_step(z, a + r, penalties)
+        return moved - z, alpha * (moved - z).square() + gamma * (a + r - activation.f(moved)).square()
+    if s is None:
+        J = activation.df(z)
+        w = r / (alpha / gamma + J.square())
+        return J * w, alpha * r * w
+    g, J = activation.f(s), z * activation.df(s)
+    w = r / torch.addcmul(torch.addcmul(torch.full_like(g, alpha / gamma), J, J), g, g)
+    return torch.cat([J * w, g * w], dim=1), alpha * r * w
 
 
 def chunk_objective(

@@ -13,9 +13,8 @@ which wait wherever the caller keeps them: tokens come in chunks, and a chunk is
 T = tokens of a chunk, D = hidden size, K = inner size of the FFN.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -29,6 +28,7 @@ from secateur.core.feedforward import (
     FeedForward,
     Penalties,
     activated,
+    anchored_step,
     chunk_objective,
     gradient_step,
     newton_step,
@@ -36,9 +36,10 @@ from secateur.core.feedforward import (
     stacked,
     update_auxiliary,
 )
-from secateur.core.linalg import fit
+from secateur.core.linalg import channel_norms, fit
 from secateur.core.moments import CrossMoments, Gram
-from secateur.core.pattern import Pattern, Stacked
+from secateur.core.pattern import Pattern, Stacked, keep_mask
+from secateur.core.refit import masked_fit
 from secateur.core.solver import LayerSolver, Needs
 from secateur.core.solvers import ADMM, Solver
 
@@ -59,7 +60,7 @@ class SparseLLM:
     """Layer solver that prunes each matrix: attention, and the FFN inside every round."""
     mode: Literal["closed", "paper"] = "closed"
     """"closed" is our improved loop, "paper" the published procedure for comparison."""
-    iterations: int = 2
+    iterations: int = 3
     """Prunings of each FFN, the first one included (T in the paper); 1 = no alternating rounds."""
     alpha: float = 1.0
     """Penalty on the first matrices' outputs; only ratios of the three penalties matter."""
@@ -155,10 +156,21 @@ def input_gram(tokens: Tokens) -> Float[Tensor, "D D"]:
 COUPLING = 0.1
 """Closed mode's unit of alpha and gamma, as a fraction of mean(diag(W Wᵀ)) of the down projection: penalties of 1
 mean the same whatever the scale of the weights."""
-SLICE = 512
-"""Tokens of a slice."""
-STEPS = (8.0, 16.0)
-"""Over-relaxations tried in every round: auxiliary variables move only part of the way that the weights can go."""
+SLICE = 128
+"""Tokens of a slice of elementwise work, which then stays in a processor's cache."""
+STEPS = (16.0, 32.0, 4.0)
+"""Over-relaxations of a round: the first, the next where it lowered the error, the next where it did not. Auxiliary
+variables move only part of the way that the weights can go, the more so as down follows."""
+
+
+class Iterate(NamedTuple):
+    """A pruned FFN on its way."""
+
+    ffn: FeedForward
+    down_gram: Float[Tensor, "K K"]
+    error: float
+    """True relative error on the held-out tokens."""
+    note: str
 
 
 def closed_feedforward(
@@ -168,22 +180,40 @@ def closed_feedforward(
 
     Stops when a round does not lower the error on the held-out tokens; the best iterate is returned.
     """
+
+    def closed(ffn: FeedForward, note: str) -> Iterate:
+        ffn, down_gram, down_note = solve_down(ffn, dense.down.W, train, patterns, options, solver)
+        return Iterate(ffn, down_gram, output_error(ffn, held), note or down_note)
+
     H = input_gram(train)
     first = solver.solve(first_weights(dense), H, patterns.first)
-    ffn, down_gram, note = solve_down(with_first(dense, first.W), dense.down.W, train, patterns, options, solver)
-    best = Refined(ffn, (), H, down_gram, first.note or note)
-    rounds = [Round(0, None, output_error(ffn, held), True)]
+    best = closed(with_first(dense, first.W), first.note)
+    rounds = [Round(0, None, best.error, True)]
     for t in range(1, options.iterations):
         direction, objective = pull(best.ffn, H, train, options)
-        ffn = step_along(best.ffn, direction, H, held, patterns, solver)
-        ffn, down_gram, note = solve_down(ffn, dense.down.W, train, patterns, options, solver)
-        rounds.append(Round(t, objective, output_error(ffn, held), True))
-        if not rounds[t].error < rounds[t - 1].error:
-            rounds[t] = rounds[t]._replace(chosen=False)
+        trials = [closed(moved(best.ffn, STEPS[0] * direction, H, patterns, options), best.note)]
+        step = STEPS[1] if trials[0].error < best.error else STEPS[2]
+        trials.append(closed(moved(best.ffn, step * direction, H, patterns, options), best.note))
+        trial = min(trials, key=lambda iterate: iterate.error)
+        better = trial.error < best.error
+        rounds.append(Round(t, objective, trial.error, better))
+        if not better:
             break
         rounds[t - 1] = rounds[t - 1]._replace(chosen=False)
-        best = best._replace(ffn=ffn, down_gram=down_gram, note=best.note or note)
-    return best._replace(rounds=tuple(rounds))
+        best = trial
+    return Refined(best.ffn, tuple(rounds), H, best.down_gram, best.note)
+
+
+def moved(
+    ffn: FeedForward, change: Float[Tensor, "R D"], H: Float[Tensor, "D D"], patterns: Patterns, options: SparseLLM
+) -> FeedForward:
+    """The first matrices as close to W + change as their pattern allows: largest entries in normalised units, refitted.
+
+    A pruned weight comes back where the change makes it larger than a kept one.
+    """
+    target = first_weights(ffn) + change
+    mask = keep_mask((target * channel_norms(H)).abs(), patterns.first)
+    return with_first(ffn, masked_fit(target, H, mask, options.fit_damp))
 
 
 def pull(
@@ -198,37 +228,15 @@ def pull(
     unit = COUPLING * float(ffn.down.W.square().sum(dim=1).mean())
     penalties = Penalties(options.alpha * unit, options.beta, options.gamma * unit)
     step = ActivationStep(ffn.down.W, penalties)
-    gate_step = partial(newton_step, iterations=1)  # enough of a direction: the step along it is searched afterwards
-    residual = CrossMoments.zeros(W.shape[0], W.shape[1], W.device, W.dtype)
+    change = CrossMoments.zeros(W.shape[0], W.shape[1], W.device, W.dtype)
     objective = 0.0
-    for X, Y in slices(tokens):
-        realised, Y = pre_activations(ffn, X), ffn.down.without_bias(Y)
-        p = step(activated(ffn, realised), Y)
-        moved = update_auxiliary(ffn, realised, p, realised, penalties, gate_step)
-        residual.update(stacked(moved) - stacked(realised), X)
-        objective += chunk_objective(ffn, realised, Y, p, moved, penalties)
-    zero = torch.zeros_like(W)
-    return fit(zero, H, residual.mean(), options.fit_damp), objective / residual.tokens
-
-
-def slices(tokens: Tokens) -> Iterator[tuple[Float[Tensor, "_ D"], Float[Tensor, "_ D"]]]:
-    """The same tokens in pieces whose elementwise work stays in a processor's cache."""
     for X, Y in tokens:
-        yield from zip(X.split(SLICE), Y.split(SLICE), strict=True)
-
-
-def step_along(
-    ffn: FeedForward,
-    direction: Float[Tensor, "R D"],
-    H: Float[Tensor, "D D"],
-    held: Tokens,
-    patterns: Patterns,
-    solver: LayerSolver,
-) -> FeedForward:
-    """The first matrices moved along a direction and pruned again, by the step whose true error is lowest."""
-    W = first_weights(ffn)
-    trials = [with_first(ffn, solver.solve(W + step * direction, H, patterns.first).W) for step in STEPS]
-    return min(trials, key=lambda trial: output_error(trial, held))
+        realised = pre_activations(ffn, X)
+        wanted = step.change(activated(ffn, realised), ffn.down.without_bias(Y))
+        moves, cost = anchored_step(ffn, realised, wanted.activation, penalties, SLICE)
+        change.update(moves, X)
+        objective += cost + penalties.beta * float(wanted.left.square().sum())
+    return fit(torch.zeros_like(W), H, change.mean(), options.fit_damp), objective / change.tokens
 
 
 def solve_down(

@@ -6,7 +6,21 @@ import pytest
 import torch
 
 from secateur.core.activations import ACTIVATIONS
-from secateur.core.feedforward import ActivationStep, Penalties, gradient_step, newton_step, relu_step, up_step
+from secateur.core.feedforward import (
+    ActivationStep,
+    Affine,
+    Auxiliary,
+    FeedForward,
+    Penalties,
+    activated,
+    anchored_step,
+    gradient_step,
+    newton_step,
+    pre_activations,
+    relu_step,
+    stacked,
+    up_step,
+)
 
 PENALTIES = [Penalties(1.0, 1.0, 1.0), Penalties(0.1, 5.0, 1.0), Penalties(100.0, 0.1, 10.0)]
 
@@ -93,3 +107,53 @@ def test_a_plain_ffn_uses_the_same_newton_step():
     exact = gate_cost(relu_step(m, p, penalties), m, p, 1.0, phi, penalties)
     stepped = gate_cost(newton_step(m, p, 1.0, m, phi, penalties), m, p, 1.0, phi, penalties)
     assert (stepped >= exact - 1e-12).all()
+
+
+@pytest.mark.parametrize("penalties", PENALTIES)
+def test_activation_change_is_the_step_and_what_it_leaves(penalties):
+    W, a, Y = random(6, 20), random(50, 20, seed=1), random(50, 6, seed=2)
+    step = ActivationStep(W, penalties)
+    change, p = step.change(a, Y), step(a, Y)
+    torch.testing.assert_close(change.activation, p - a)
+    torch.testing.assert_close(change.left, Y - p @ W.T)
+
+
+def small_ffn(name, gated):
+    gate = Affine(random(12, 6, seed=3)) if gated else None
+    return FeedForward(Affine(random(12, 6, seed=4)), Affine(random(6, 12, seed=5)), gate, ACTIVATIONS[name])
+
+
+@pytest.mark.parametrize("penalties", PENALTIES)
+@pytest.mark.parametrize(("name", "gated"), [("silu", True), ("gelu_tanh", True), ("gelu", False)])
+def test_anchored_step_minimises_the_linearised_coupling(penalties, name, gated):
+    """Against the 1 or 2 unknowns of every element solved as a least-squares problem of its own."""
+    ffn = small_ffn(name, gated)
+    realised = pre_activations(ffn, random(9, 6))
+    r = random(9, 12, seed=1)
+    moves, cost = anchored_step(ffn, realised, r, penalties, slice=4)
+    unknowns = stacked(realised).clone().requires_grad_()
+    (slopes,) = torch.autograd.grad(activated(ffn, unstacked(unknowns, gated)).sum(), unknowns)
+    slopes = slopes.view(9, -1, 12)
+    normal = penalties.alpha * torch.eye(slopes.shape[1]) + penalties.gamma * torch.einsum(
+        "tik,tjk->tkij", slopes, slopes
+    )
+    expected = torch.linalg.solve(normal, penalties.gamma * torch.einsum("tik,tk->tki", slopes, r)[..., None])[..., 0]
+    torch.testing.assert_close(moves, expected.transpose(1, 2).reshape(9, -1))
+    left = (r - (slopes * expected.transpose(1, 2)).sum(dim=1)).square().sum()
+    assert cost == pytest.approx(float(penalties.alpha * expected.square().sum() + penalties.gamma * left))
+
+
+def test_anchored_step_of_relu_is_its_exact_step():
+    ffn, penalties = small_ffn("relu", gated=False), PENALTIES[1]
+    realised, r = pre_activations(ffn, random(9, 6)), random(9, 12, seed=1)
+    moves, cost = anchored_step(ffn, realised, r, penalties, slice=4)
+    p = activated(ffn, realised) + r
+    moved = relu_step(realised.z, p, penalties)
+    torch.testing.assert_close(moves, moved - realised.z)
+    expected = penalties.alpha * (moved - realised.z).square() + penalties.gamma * (p - moved.relu()).square()
+    assert cost == pytest.approx(float(expected.sum()))
+
+
+def unstacked(values, gated):
+    s, z = values.split(12, dim=1) if gated else (None, values)
+    return Auxiliary(z, s)
