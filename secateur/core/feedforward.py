@@ -238,8 +238,8 @@ def anchored_step(
     """How s and z (stacked) move one Gauss-Newton step from realised, to follow the activation by r = p - a; the cost.
 
     argmin over (ds, dz) of alpha (ds² + dz²) + gamma (r - J ds - g dz)² (eq. 5 linearised), J = z phi'(s), g = phi(s):
-    both are their slope times w = gamma r / (alpha + gamma (J² + g²)), at the cost of alpha r w. Without a gate there is
-    J = phi'(z) only; ReLU, which has no slope where it is off, takes its exact step. ``slice`` tokens at a time.
+    both are their slope times w = gamma r / (alpha + gamma (J² + g²)), at the cost of alpha r w. Without a gate there
+    is J = phi'(z) only; ReLU, which has no slope where it is off, takes its exact step. ``slice`` tokens at a time.
     """
     moves, costs = [], []
     for i in range(0, len(r), slice):
