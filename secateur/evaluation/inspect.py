@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +27,8 @@ from secateur.errors import ArtefactError
 
 PROMISE = Path("secateur") / "promise.json"
 INDEX = "model.safetensors.index.json"
+PIECE = 1 << 20
+"""Elements that are checked at one time."""
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -133,15 +135,34 @@ def inspect(directory: str | Path, baseline: str | Path | Mapping[str, Tensor] |
     return report
 
 
+class Counts(NamedTuple):
+    """What is counted of the elements of a tensor."""
+
+    zeros: int
+    negative: int
+    """-0.0 among the zeros."""
+    bad: int
+    """Not finite."""
+
+
+def _counted(tensor: Tensor) -> Counts:
+    """Piece by piece: the checks of a whole embedding at once would take three times its own memory."""
+    zeros = negative = bad = 0
+    for piece in tensor.flatten().split(PIECE):
+        zero = piece == 0
+        zeros += int(zero.sum())
+        negative += int((zero & piece.signbit()).sum())
+        bad += piece.numel() - int(piece.isfinite().sum())
+    return Counts(zeros, negative, bad)
+
+
 def _look_at(name: str, tensor: Tensor, promise: Promise | None, report: Inspection) -> None:
     """Counts and checks of one tensor, added to the report."""
     report.tensors += 1
     if not tensor.is_floating_point():
         return
-    zero = tensor == 0
-    negative = int((zero & tensor.signbit()).sum())
+    zeros, negative, bad = _counted(tensor)
     report.negative_zeros += negative
-    bad = tensor.numel() - int(tensor.isfinite().sum())
     if bad:
         report.finite = False
         report.broken.append(f"{name}: {bad} of {tensor.numel()} values are not finite")
@@ -150,7 +171,7 @@ def _look_at(name: str, tensor: Tensor, promise: Promise | None, report: Inspect
     why = _broken_promise(tensor, negative, promise) if promise else None
     if why:
         report.broken.append(f"{name}: {why}")
-    zeros, shape = int(zero.sum()), (tensor.shape[0], tensor.shape[1])
+    shape = (tensor.shape[0], tensor.shape[1])
     if promise or not report.promised:
         report.weights += tensor.numel()
         report.zeros += zeros
