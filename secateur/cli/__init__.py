@@ -1,7 +1,8 @@
 """The command line: one file per verb, and this file, which turns every failure into one line and an exit code.
 
-0 done, 1 failed (something outside, or a broken promise), 2 the request was wrong, 130 interrupted. ``--debug`` shows
-the traceback. Verbs import torch and the rest of the library when they run, so that ``--help`` is instant.
+0 done, 1 failed (something outside, or a broken promise), 2 the request was wrong, 130 interrupted, 143 terminated.
+``--debug`` shows the traceback. Verbs import torch and the rest of the library when they run, so that ``--help`` is
+instant.
 """
 
 import os
@@ -36,16 +37,31 @@ for verb in (prune, eval, inspect, methods, demo):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; nothing that happens inside is raised."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when the libraries are imported; one progress bar is enough
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so that a half-written OUT is cleared away
+    signal.signal(signal.SIGTERM, _terminate)
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         return cli.main(args=args, prog_name="secateur", standalone_mode=False) or 0
-    except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted", INTERRUPTED)
+    except (KeyboardInterrupt, click.Abort) as stop:
+        return _fail(*_stopped(stop))
     except Exception as error:
         if "--debug" in args:
             traceback.print_exc()
-        return _fail(*_told(error))
+        said, code = _told(error)
+        return _fail("; ".join([said, *getattr(error, "__notes__", ())]), code)
+
+
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM, handled as an interrupt: what is half written is cleared away, what can be resumed is kept."""
+
+
+def _terminate(*_: object) -> None:
+    raise _TerminatedError
+
+
+def _stopped(stop: BaseException) -> tuple[str, int]:
+    cause = stop.__cause__ if isinstance(stop.__cause__, KeyboardInterrupt) else stop  # click turns one into an Abort
+    what, code = ("terminated", TERMINATED) if isinstance(cause, _TerminatedError) else ("interrupted", INTERRUPTED)
+    return "; ".join([what, *getattr(cause, "__notes__", ())]), code
 
 
 def _told(error: Exception) -> tuple[str, int]:

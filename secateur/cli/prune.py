@@ -22,12 +22,13 @@ from secateur.errors import UsageError
 @device_option
 @dtype_option
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to write; not one of yours.")
+@click.option("--resume", is_flag=True, help="Go on with a run to the same OUT that was stopped.")
 @click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with any of these; flags win over it.")
 @click.option("--set", "sets", multiple=True, metavar="A.B=C", help="Change any recipe key: --set method.inner=admm")
 @json_option
 @debug_option
 def command(
-    model: str | None, out: Path, recipe: Path | None, sets: tuple[str, ...], as_json: bool, **flags: Any
+    model: str | None, out: Path, resume: bool, recipe: Path | None, sets: tuple[str, ...], as_json: bool, **flags: Any
 ) -> None:
     """Prune MODEL and save it to OUT, a normal Hugging Face directory.
 
@@ -43,7 +44,7 @@ def command(
     config = config_from_dict(values)
     click.echo(f"{config.pattern}: {config.target.words()}", err=True)
     with on_stderr() as progress:
-        result = prune(source, config, out=out, progress=progress)
+        result = prune(source, config, out=out, resume=resume, progress=progress)
     emit(as_json, result.report, *prune_summary(result.report))
 
 

@@ -5,6 +5,7 @@ fails, or is interrupted, leaves what was there before. ``save`` fills such a di
 once), config, generation config, tokenizer and chat template.
 """
 
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from secateur.models.quiet import quiet
 
 OWN = "secateur"
 """The folder inside a saved directory that says it is ours."""
+PARTIAL, ASIDE = ".partial", ".old"
+"""Suffixes beside OUT: what is being written, and what steps aside while it is replaced."""
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
@@ -47,9 +50,9 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Only an `out` of our own is ever replaced, with `overwrite`, and only once its successor is complete.
     """
     out = Path(os.path.abspath(out.expanduser()))
-    _refuse_occupied(out, overwrite)
+    refuse_occupied(out, overwrite=overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
-    stage = out.with_name(f".{out.name}.{uuid4().hex[:8]}.partial")
+    stage = out.with_name(f".{out.name}.{uuid4().hex[:8]}{PARTIAL}")
     stage.mkdir()
     try:
         yield stage
@@ -59,7 +62,19 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
-def _refuse_occupied(out: Path, overwrite: bool) -> None:
+def clear_leftovers(out: Path) -> None:
+    """Remove what killed runs left beside `out`; call it while nobody else can be writing there.
+
+    What was set aside for a successor that never came stays until there is an `out` again.
+    """
+    suffixes = (PARTIAL, ASIDE) if out.exists() else (PARTIAL,)
+    for suffix in suffixes:
+        for old in out.parent.glob(f".{glob.escape(out.name)}.????????{suffix}"):
+            shutil.rmtree(old)
+
+
+def refuse_occupied(out: Path, *, overwrite: bool) -> None:
+    """UsageError where `out` holds what must not be replaced."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / OWN).is_dir():
@@ -73,7 +88,7 @@ def _replace(out: Path, stage: Path) -> None:
     if not out.exists():
         stage.rename(out)
         return
-    aside = stage.with_suffix(".old")
+    aside = stage.with_suffix(ASIDE)
     out.rename(aside)
     try:
         stage.rename(out)

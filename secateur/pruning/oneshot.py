@@ -1,11 +1,12 @@
 """The one-shot pipeline: blocks one at a time, each seeing what the pruned blocks before it produce.
 
-``prune_blocks`` is a generator: it changes the model in place and yields one record per block, so that whoever runs
-it draws the progress bar, saves, or stops. Hidden states wait in host memory; the block at work is on the device.
+``prune_blocks`` is a generator: it changes the model in place and yields after every block, so that whoever runs it
+draws the progress bar, saves, or stops. Hidden states wait in host memory; the block at work is on the device.
 """
 
 import time
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -31,6 +32,23 @@ ERROR_CHUNKS = 2
 Method = Solver | SparseLLM
 
 
+class State(NamedTuple):
+    """Where a run stands between two blocks."""
+
+    next: int
+    """The block to go on with; all before it are pruned."""
+    hidden: Hidden
+    """Its inputs."""
+
+
+class Finished(NamedTuple):
+    """One block that is done."""
+
+    record: BlockRecord
+    hidden: Hidden
+    """Inputs of the block after it."""
+
+
 def uniform_plan(adapter: DecoderAdapter, pattern: Pattern, blocks: Sequence[int]) -> Plan:
     """Every linear of these blocks to the same pattern. ValueError where a shape cannot carry it."""
     targets = {}
@@ -42,18 +60,24 @@ def uniform_plan(adapter: DecoderAdapter, pattern: Pattern, blocks: Sequence[int
 
 @torch.no_grad()
 def prune_blocks(
-    adapter: DecoderAdapter, windows: Int[Tensor, "rows S"], plan: Plan, method: Method, options: RunOptions
-) -> Iterator[BlockRecord]:
-    """Prune the planned linears of ``adapter.model`` in place; one record per block, in order.
+    adapter: DecoderAdapter,
+    windows: Int[Tensor, "rows S"],
+    plan: Plan,
+    method: Method,
+    options: RunOptions,
+    state: State | None = None,
+) -> Iterator[Finished]:
+    """Prune the planned linears of ``adapter.model`` in place, block by block, in order.
 
-    ``windows`` are calibration rows of token ids. Raises NumericalError where more than a tenth of them turn
-    non-finite, ModelError where a block's structure is refused.
+    ``windows`` are calibration rows of token ids. ``state`` goes on with a run whose first blocks are already pruned in
+    the model. Raises NumericalError where more than a tenth of the rows turn non-finite, ModelError where a block's
+    structure is refused.
     """
     if method.needs == "nothing":  # structure is observed all the same, on a few tokens
         windows = windows[:1, :PROBE_TOKENS]
-    hidden: Hidden = [adapter.first_hidden(rows).to("cpu") for rows in windows.split(options.batch)]
+    first, hidden = state or State(0, [adapter.first_hidden(rows).to("cpu") for rows in windows.split(options.batch)])
     last = max((i for i, name in enumerate(adapter.block_names) if block_targets(plan, name)), default=-1)
-    for index, name in enumerate(adapter.block_names):
+    for index, name in enumerate(adapter.block_names[first:], first):
         start = time.perf_counter()
         work = Work(adapter, index, hidden, block_targets(plan, name), options)
         work.block.to(options.device)
@@ -62,9 +86,8 @@ def prune_blocks(
         work.block.to("cpu")
         check_rows(name, len(windows), hidden)
         seconds = time.perf_counter() - start
-        yield BlockRecord(
-            index, name, seconds, error, work.dropped, tuple(work.records.values()), rounds_of(refined), work.seconds
-        )
+        linears, rounds = tuple(work.records.values()), rounds_of(refined)
+        yield Finished(BlockRecord(index, name, seconds, error, work.dropped, linears, rounds, work.seconds), hidden)
 
 
 def prune_and_measure(work: Work, method: Method) -> tuple[float | None, Refined | None]:

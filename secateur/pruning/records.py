@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter
+
 
 @dataclass(frozen=True)
 class LinearRecord:
@@ -46,3 +48,8 @@ class BlockRecord:
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "block", **asdict(self)}
+
+
+def block_record(data: dict[str, Any]) -> BlockRecord:
+    """Inverse of ``BlockRecord.to_dict``, also behind JSON."""
+    return TypeAdapter(BlockRecord).validate_python({key: value for key, value in data.items() if key != "kind"})

@@ -1,6 +1,7 @@
 """The files of ``OUT/secateur/``: what was asked for, what happened, and what the weights beside it promise.
 
-    recipe.yaml     everything that decides the bytes; running it again gives them again
+    recipe.yaml     what was asked for, all of it; running it again gives the same bytes
+    run.json        everything that decides the bytes: the recipe, fingerprints of model and tokens, versions
     records.jsonl   one line per block
     report.json     totals, seconds, memory, versions, provenance
     promise.json    pattern of every pruned weight and which names share one tensor; ``secateur inspect`` checks it
@@ -8,6 +9,7 @@
 Only records and report hold what changes from run to run (seconds, memory).
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,11 +31,13 @@ def write_artefact(
     *,
     source: str,
     config: PruneConfig,
+    identity: dict[str, Any],
     records: Iterable["BlockRecord"],
     promises: dict[str, Any],
 ) -> None:
     """All files but the report, which is written last, by ``write_report``."""
     folder.mkdir()
+    (folder / "run.json").write_text(dumps(identity) + "\n", encoding="utf-8")
     (folder / "recipe.yaml").write_text(dump_recipe(source, config), encoding="utf-8")
     lines = [dumps(record.to_dict(), indent=None) for record in records]
     (folder / "records.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -42,6 +46,23 @@ def write_artefact(
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
     (folder / "report.json").write_text(dumps(report) + "\n", encoding="utf-8")
+
+
+def finished_report(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The report of a complete directory that the very same run wrote; None where there is no such one."""
+    try:
+        same = json.loads((folder / "run.json").read_text(encoding="utf-8")) == json.loads(dumps(identity))
+        return json.loads((folder / "report.json").read_text(encoding="utf-8")) if same else None
+    except (OSError, ValueError):
+        return None
+
+
+def read_records(folder: Path) -> list["BlockRecord"]:
+    """The lines of ``records.jsonl``."""
+    from secateur.pruning.records import block_record
+
+    lines = (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    return [block_record(json.loads(line)) for line in lines]
 
 
 def promises_of(model: "nn.Module", plan: "Plan") -> dict[str, Any]:

@@ -4,7 +4,7 @@ Library code takes any ``Progress``. A run is a sequence of stages; in a stage o
 it is:
 
     progress.stage("prune")
-    for record in prune_blocks(...): progress.update(record.index + 1, 30, f"error {record.output_error:.3f}")
+    for record, _ in prune_blocks(...): progress.update(record.index + 1, 30, f"error {record.output_error:.3f}")
 """
 
 import sys

@@ -124,9 +124,9 @@ def test_nothing_was_touched_or_left(places):
 
 
 def test_a_foreign_out_is_refused_before_the_work(places, run, monkeypatch):
-    import secateur.api as api
+    import secateur.runs as runs
 
-    monkeypatch.setattr(api, "load", lambda *_, **__: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(runs, "load", lambda *_, **__: pytest.fail("the model was loaded first"))
     ran = run(*(filled(word, places) for word in prune(out="TMP/theirs")))
     assert ran.code == 2
 

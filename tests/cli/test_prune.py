@@ -112,44 +112,168 @@ def test_an_own_out_is_replaced_and_flags_win_over_the_recipe(pruned, run, tmp_p
     assert "1:4" in (out / "secateur" / "recipe.yaml").read_text()
 
 
-def test_a_run_that_fails_keeps_the_old_out_and_leaves_nothing(pruned, run, tmp_path, monkeypatch):
+def test_a_run_that_fails_keeps_the_old_out_and_its_blocks(pruned, run, tmp_path, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     out = shutil.copytree(pruned[0], tmp_path / "out")
-    before = files(out)
-    monkeypatch.setattr("secateur.api.save", fail)
-    ran = run("prune", "--recipe", out / "secateur" / "recipe.yaml", "--out", out)
+    before, recipe = files(out), out / "secateur" / "recipe.yaml"
+    with monkeypatch.context() as patch:
+        patch.setattr("secateur.runs.save", fail)
+        ran = run("prune", "--recipe", recipe, "--out", out, "--pattern", "1:4")
     assert ran.code == 1
     assert "No space left" in ran.error
+    assert "out.unfinished keeps 2 finished blocks: go on with --resume, or delete it" in ran.error
     assert files(out) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.unfinished"}
+    ran = run("prune", "--recipe", recipe, "--out", out, "--pattern", "1:4", "--resume", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["resumed_after_blocks"] == 2
+    assert files(out) != before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_run_that_is_ended_from_outside_leaves_nothing(run, pruned, tmp_path, monkeypatch):
-    monkeypatch.setattr("secateur.api.save", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(SystemExit, match="143"):
-        run("prune", "--recipe", pruned[0] / "secateur" / "recipe.yaml", "--out", tmp_path / "out")
+def test_a_run_that_is_ended_from_outside_says_how_to_go_on(run, pruned, tmp_path, monkeypatch):
+    monkeypatch.setattr("secateur.runs.save", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    ran = run("prune", "--recipe", pruned[0] / "secateur" / "recipe.yaml", "--out", tmp_path / "out")
+    assert ran.code == 143
+    assert ran.error.startswith("secateur: terminated; ")
+    assert "out.unfinished keeps 2 finished blocks: go on with --resume" in ran.error
+    assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
+
+
+def test_a_run_that_is_ended_before_its_first_block_leaves_nothing(run, pruned, tmp_path, monkeypatch):
+    monkeypatch.setattr("secateur.runs.prune_blocks", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    ran = run("prune", "--recipe", pruned[0] / "secateur" / "recipe.yaml", "--out", tmp_path / "out")
+    assert ran.code == 130
+    assert ran.error == "secateur: interrupted"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_save_that_breaks_a_promise_is_not_kept(pruned, run, tmp_path, monkeypatch):
     import torch
 
-    import secateur.api as api
+    import secateur.runs as runs
 
     def save_wrongly(model, tokenizer, folder):
         with torch.no_grad():
             model.model.layers[1].mlp.up_proj.weight.fill_(1.0)
         saved(model, tokenizer, folder)
 
-    saved = api.save
-    monkeypatch.setattr(api, "save", save_wrongly)
+    saved = runs.save
+    monkeypatch.setattr(runs, "save", save_wrongly)
     ran = run("prune", "--recipe", pruned[0] / "secateur" / "recipe.yaml", "--out", tmp_path / "out")
     assert ran.code == 1
     assert "breaks 1 promises" in ran.error
     assert "model.layers.1.mlp.up_proj.weight" in ran.error
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "out").exists()
+
+
+# ---- resume
+
+
+class PowerCutError(BaseException):
+    """Stands for the end of the process."""
+
+
+def stop_at(number, monkeypatch):
+    """The process ends instead of making the given file durable (counted from 0), with its new name half written."""
+    import secateur.pruning.workdir as workdir
+
+    durable, calls = workdir.durable, iter(range(1000))
+
+    def cut(path, write):
+        if next(calls) == number:
+            path.with_name(path.name + ".new").write_bytes(b"half")
+            raise PowerCutError
+        durable(path, write)
+
+    monkeypatch.setattr(workdir, "durable", cut)
+
+
+@pytest.mark.parametrize("number", range(5), ids=["run.json", "block 0", "state 1", "block 1", "state 2"])
+@pytest.mark.parametrize("method", ["sparsellm", "wanda"])
+def test_stopped_at_any_write_and_resumed_gives_the_same_bytes(
+    number, method, run, model_dir, text_file, tmp_path, monkeypatch
+):
+    flags = ["--method", method, "--sparsity", "0.6", "--data", text_file, *SMALL]
+    assert run("prune", model_dir, *flags, "--out", tmp_path / "whole").code == 0
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_at(number, patch)
+        with pytest.raises(PowerCutError):
+            run("prune", model_dir, *flags, "--out", out)
+    assert not out.exists()
+    ran = run("prune", model_dir, *flags, "--out", out, "--resume", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["resumed_after_blocks"] == max(0, (number - 1) // 2)
+    assert files(out) == files(tmp_path / "whole")
+    assert not (tmp_path / "out.unfinished").exists()
+    names = [json.loads(line)["name"] for line in (out / "secateur" / "records.jsonl").read_text().splitlines()]
+    assert names == ["model.layers.0", "model.layers.1"]
+
+
+@pytest.fixture
+def unfinished(run, model_dir, text_file, tmp_path, monkeypatch):
+    """OUT, the flags and the directory of a run that was stopped after its first block."""
+    flags = ["--sparsity", "0.6", "--data", text_file, *SMALL]
+    with monkeypatch.context() as patch:
+        stop_at(4, patch)
+        with pytest.raises(PowerCutError):
+            run("prune", model_dir, *flags, "--out", tmp_path / "out")
+    return tmp_path / "out", flags, tmp_path / "out.unfinished"
+
+
+def test_an_unfinished_run_is_neither_forgotten_nor_overwritten(unfinished, run, model_dir):
+    out, flags, kept = unfinished
+    ran = run("prune", model_dir, *flags, "--out", out)
+    assert ran.code == 2
+    assert f"{kept} holds an unfinished run of 1 blocks; go on with --resume, or delete it first" in ran.error
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--sparsity", "0.7"], "recipe.sparsity was 0.6 and is 0.7"),
+        (["--seed", "1"], "recipe.seed was 0 and is 1; tokens was"),
+        (["--set", "method.iterations=7"], "recipe.method.iterations was 3 and is 7"),
+    ],
+)
+def test_a_changed_request_is_refused_with_the_keys_that_differ(change, said, unfinished, run, model_dir):
+    out, flags, _ = unfinished
+    ran = run("prune", model_dir, *flags, *change, "--out", out, "--resume")
+    assert ran.code == 2
+    assert said in ran.error
+    assert "repeat that request, or delete it" in ran.error
+
+
+def test_two_runs_never_work_in_one_directory(unfinished, run, model_dir):
+    from filelock import FileLock
+
+    out, flags, kept = unfinished
+    with FileLock(kept / "lock"):
+        ran = run("prune", model_dir, *flags, "--out", out, "--resume")
+    assert ran.code == 2
+    assert "another process is at work in" in ran.error
+
+
+def test_a_damaged_state_is_one_line(unfinished, run, model_dir):
+    out, flags, kept = unfinished
+    (kept / "state.safetensors").write_bytes(b"\0" * 40)
+    ran = run("prune", model_dir, *flags, "--out", out, "--resume")
+    assert ran.code == 1
+    assert "state.safetensors of an unfinished run is not readable" in ran.error
+
+
+def test_resuming_what_is_complete_says_so(pruned, run, model_dir, text_file):
+    out, _ = pruned
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    flags = ["--pattern", "2:4", "--data", text_file, *SMALL]
+    ran = run("prune", model_dir, *flags, "--out", out, "--resume", "--json")
+    assert ran.code == 0, ran.err
+    assert "is complete: nothing was left to do" in ran.err
+    assert ran.json == json.loads((out / "secateur" / "report.json").read_text())
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
 # ---- inspect and eval

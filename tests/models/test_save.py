@@ -11,7 +11,7 @@ from secateur.errors import UsageError
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.load import load
 from secateur.models.quiet import quiet
-from secateur.models.save import save, staged
+from secateur.models.save import clear_leftovers, save, staged
 
 TOKENS = torch.arange(2, 34)[None]
 
@@ -138,3 +138,15 @@ def test_an_empty_directory_is_nobodys(tmp_path):
     with staged(out) as stage:
         write(stage, "1")
     assert (out / "weights").exists()
+
+
+def test_leftovers_of_killed_runs_are_cleared_but_never_the_only_copy(tmp_path):
+    out = tmp_path / "out"
+    names = [".out.0123abcd.partial", ".out.0123abcd.old", ".out2.0123abcd.partial", "out.0123abcd.partial"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    clear_leftovers(out)
+    assert {path.name for path in tmp_path.iterdir()} == set(names[1:])
+    out.mkdir()
+    clear_leftovers(out)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *names[2:]}

@@ -72,7 +72,7 @@ HALF = Unstructured(0.5)
 def run(model, method, pattern=HALF, blocks=range(BLOCKS), rows=ROWS, **options):
     adapter = DecoderAdapter(model)
     plan = uniform_plan(adapter, pattern, blocks)
-    return plan, list(prune_blocks(adapter, rows, plan, method, RunOptions(**options)))
+    return plan, [done.record for done in prune_blocks(adapter, rows, plan, method, RunOptions(**options))]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,176 @@
+"""A run that outlives its process: every finished block is durable before the next one begins.
+
+    OUT.unfinished/
+      run.json                     what is being done: recipe, fingerprints of model and tokens, versions
+      blocks/00007.safetensors     new weights of the block's planned linears; its record in the header
+      state.safetensors            hidden states before the next block; the block's number in the header
+      lock                         held by the process at work
+
+A file is written under another name, flushed to the disk and renamed, the state last: whatever moment a run is killed
+at, the state and the blocks before it belong together, and going on from there gives the bytes of an undisturbed run.
+The dense model is read again. Disk: the pruned weights, and the hidden states twice while they are replaced.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from secateur.core.plan import Plan
+from secateur.errors import ArtefactError, UsageError
+from secateur.models.adapter import DecoderAdapter
+from secateur.pruning.oneshot import Finished, State, block_targets
+from secateur.pruning.records import BlockRecord, block_record
+
+SUFFIX = ".unfinished"
+RUN, STATE, LOCK = "run.json", "state.safetensors", "lock"
+
+
+class Workdir:
+    """The directory of one run. Make it with ``opened``, which holds its lock."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def kept(self) -> int:
+        """Finished blocks on disk; 0 where no state was ever written."""
+        return int(self._header(STATE)["next"]) if (self.path / STATE).exists() else 0
+
+    def keep(self, adapter: DecoderAdapter, plan: Plan, finished: Finished) -> None:
+        """Make one finished block durable, then the state behind it."""
+        record = finished.record
+        linears = adapter.linears(adapter.blocks[record.index])
+        weights = {name: linears[name].weight.detach().contiguous() for name in block_targets(plan, record.name)}
+        self._write(_block_file(record.index), weights, {"record": json.dumps(record.to_dict())})
+        rows = {f"{i:06d}": rows.contiguous() for i, rows in enumerate(finished.hidden)}
+        self._write(STATE, rows, {"next": str(record.index + 1)})
+
+    def restore(self, adapter: DecoderAdapter) -> tuple[list[BlockRecord], State | None]:
+        """Put the finished blocks' weights into a freshly loaded model; their records, and where to go on."""
+        records = []
+        for index in range(self.kept):
+            weights, header = self._read(_block_file(index))
+            linears = adapter.linears(adapter.blocks[index])
+            for name, weight in weights.items():
+                linears[name].weight.detach().copy_(weight)
+            records.append(block_record(json.loads(header["record"])))
+        if not records:
+            return [], None
+        rows, _ = self._read(STATE)
+        return records, State(len(records), [rows[name] for name in sorted(rows)])
+
+    def remove(self) -> None:
+        """The run is complete, or has nothing to keep."""
+        shutil.rmtree(self.path)
+
+    def _write(self, name: str, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+        durable(self.path / name, lambda path: save_file(tensors, path, header))
+
+    def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        with _readable(self.path / name) as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118  (not a mapping)
+
+    def _header(self, name: str) -> dict[str, str]:
+        with _readable(self.path / name) as file:
+            return file.metadata()
+
+
+@contextmanager
+def opened(out: Path, run: Mapping[str, Any], *, resume: bool) -> Iterator[Workdir]:
+    """The run's directory beside `out`, locked. A failure inside leaves it, unless no block was finished.
+
+    `run` is what decides the bytes. UsageError where an unfinished run is there and `resume` was not asked for, where
+    it is a run of something else (the keys that differ are named), or where another process is at work on it.
+    """
+    work = Workdir(out.with_name(out.name + SUFFIX))
+    work.path.mkdir(parents=True, exist_ok=True)
+    with _locked(work.path):
+        _admit(work, run, resume)
+        try:
+            yield work
+        except BaseException as error:
+            if work.kept:
+                error.add_note(f"{work.path} keeps {work.kept} finished blocks: go on with --resume, or delete it")
+            else:
+                work.remove()
+            raise
+        work.remove()
+
+
+def _admit(work: Workdir, run: Mapping[str, Any], resume: bool) -> None:
+    if work.kept:
+        if not resume:
+            raise UsageError(
+                f"{work.path} holds an unfinished run of {work.kept} blocks; go on with --resume, or delete it first"
+            )
+        if differ := differences(json.loads((work.path / RUN).read_text(encoding="utf-8")), run):
+            raise UsageError(
+                f"{work.path} is a run of something else: {'; '.join(differ)}; repeat that request, or delete it"
+            )
+    (work.path / "blocks").mkdir(exist_ok=True)
+    text = json.dumps(run, indent=2, sort_keys=True) + "\n"
+    durable(work.path / RUN, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Keys of two nested mappings whose values differ, with both values."""
+    found = []
+    for key in sorted(then.keys() | now.keys()):
+        old, new = then.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} was {old!r} and is {new!r}")
+    return found
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    lock = FileLock(path / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UsageError(f"another process is at work in {path}; wait for it, or choose another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def durable(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file all or nothing: under another name, flushed, renamed, and the rename itself flushed."""
+    new = path.with_name(path.name + ".new")
+    write(new)
+    _flush(new)
+    os.replace(new, path)
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _block_file(index: int) -> str:
+    return f"blocks/{index:05d}.safetensors"
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ArtefactError(f"{path} of an unfinished run is not readable ({error}); delete the directory") from error

@@ -1,0 +1,239 @@
+"""One prune run, from a request to a result: what is settled before the first block, the blocks, the saved directory.
+
+Nothing appears at OUT before everything in it has been opened again and checked; until then finished blocks are kept
+beside it (``pruning.workdir``), and whoever kills the run loses at most one block of work.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from secateur.config import Device, Dtype, Precision, PruneConfig, config_from_dict
+from secateur.core.plan import Plan
+from secateur.data.sources import Texts, read_texts
+from secateur.data.tokens import check_seq_len, sample_windows, tokenize
+from secateur.errors import ArtefactError, DeviceError, UsageError
+from secateur.evaluation.inspect import inspect
+from secateur.models.adapter import DecoderAdapter
+from secateur.models.load import Loaded, fingerprint, load
+from secateur.models.save import clear_leftovers, save, staged
+from secateur.pruning.oneshot import BlockRecord, RunOptions, prune_blocks, uniform_plan
+from secateur.pruning.workdir import Workdir, opened
+from secateur.report.artefact import promises_of, write_artefact, write_report
+from secateur.report.facts import Stopwatch, peak_memory, versions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    Source = str | os.PathLike[str] | PreTrainedModel | Loaded
+    """A model: by name or path, as an object, or as ``models.load`` gives it."""
+
+BUILT_IN = ("demo", "embedded")
+"""Names that mean the same everywhere, whatever lies in the working directory."""
+PROBE_TOKENS = 16
+"""Tokens on which a replay of all blocks is compared with the model's own forward."""
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """The pruned model and everything that was noted on the way."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    records: list[BlockRecord]
+    report: dict[str, Any]
+    """What ``secateur/report.json`` holds."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that is settled before the first block."""
+
+    loaded: Loaded
+    adapter: DecoderAdapter
+    texts: Texts
+    windows: torch.Tensor
+    config: PruneConfig
+    """With nothing left to circumstances."""
+    plan: Plan
+    watch: Stopwatch
+
+    @classmethod
+    def prepare(
+        cls, model: "Source", tokenizer: "PreTrainedTokenizerBase | None", config: PruneConfig, watch: Stopwatch
+    ) -> "Run":
+        device = resolve_device(config.device)
+        with watch.stage("data", f"read {config.data}"):
+            texts = read_texts(config.data, "calibration")
+        loaded = open_model(model, tokenizer, config.dtype, watch)
+        windows = _windows(loaded, texts, config)
+        adapter = DecoderAdapter(loaded.model)
+        plan = _plan(adapter, config)
+        settled = _settled(config, loaded, device, len(adapter.blocks))
+        return cls(loaded, adapter, texts, windows, settled, plan, watch)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the bytes: an unfinished run goes on only where all of it is the same."""
+        tokens = hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()[:16]
+        return {
+            "recipe": self.config.to_dict(),
+            "model": self.loaded.fingerprint,
+            "tokens": tokens,
+            "versions": versions(),
+        }
+
+    def in_memory(self) -> PruneResult:
+        self.verify()
+        records = self.blocks(None)
+        return PruneResult(self.loaded.model, self.loaded.tokenizer, records, self.report(records))
+
+    def into(self, out: Path, resume: bool) -> PruneResult:
+        """Prune, save, open what was saved again, check it; all or nothing at ``out``."""
+        with opened(out, self.identity, resume=resume) as work:
+            self.verify()
+            before = work.kept
+            clear_leftovers(out)
+            records = self.blocks(work)
+            with staged(out, overwrite=True) as folder:
+                self.save(folder, records)
+                report = self.report(records) | {"out": str(out), "resumed_after_blocks": before}
+                write_report(folder / "secateur", report)
+            clear_leftovers(out)
+        return PruneResult(self.loaded.model, self.loaded.tokenizer, records, report)
+
+    def verify(self) -> None:
+        with self.watch.stage("verify", "compare a replay of the blocks with the model"):
+            self.adapter.verify(self.windows[:1, :PROBE_TOKENS])
+
+    def blocks(self, work: Workdir | None) -> list[BlockRecord]:
+        """Prune block by block, from where the run stands."""
+        records, state = work.restore(self.adapter) if work else ([], None)
+        options = RunOptions(
+            self.config.device, self.config.batch, resolve_precision(self.config.precision, self.config.device)
+        )
+        with self.watch.stage("prune", f"prune, going on after {len(records)} blocks" if records else "prune"):
+            for finished in prune_blocks(self.adapter, self.windows, self.plan, self.config.method, options, state):
+                if work:
+                    work.keep(self.adapter, self.plan, finished)
+                records.append(finished.record)
+                self.watch.progress.update(len(records), len(self.adapter.blocks), _said(finished.record))
+        return records
+
+    def save(self, folder: Path, records: list[BlockRecord]) -> None:
+        source, promises = _lasting(self.loaded.source), promises_of(self.loaded.model, self.plan)
+        with self.watch.stage("save"):
+            save(self.loaded.model, self.loaded.tokenizer, folder)
+            write_artefact(
+                folder / "secateur",
+                source=source,
+                config=self.config,
+                identity=self.identity,
+                records=records,
+                promises=promises,
+            )
+        with self.watch.stage("inspect", "check what was saved"):
+            broken = inspect(folder).broken
+        if broken:
+            raise ArtefactError(f"the saved model breaks {len(broken)} promises, the first: {broken[0]}")
+
+    def report(self, records: list[BlockRecord]) -> dict[str, Any]:
+        """All that ``report.json`` holds; seconds and memory are those of this process."""
+        blocks = len(self.adapter.blocks)
+        report = _report(self.loaded, self.config, self.plan, records, self.texts, blocks)
+        seconds = {**self.watch.seconds, "total": self.watch.total}
+        return report | {"out": None, "seconds": seconds, "peak_memory_bytes": peak_memory()}
+
+
+def _said(record: BlockRecord) -> str:
+    error = "not pruned" if record.output_error is None else f"output error {record.output_error:.4f}"
+    return f"{record.name}, {error}, {record.seconds:.1f} s"
+
+
+def open_model(
+    model: "Source",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    dtype: Dtype,
+    watch: Stopwatch,
+) -> Loaded:
+    if isinstance(model, Loaded):
+        return model
+    if isinstance(model, str | os.PathLike):
+        with watch.stage("load", f"load {os.fspath(model)}"):
+            return load(os.fspath(model), dtype=dtype)
+    if tokenizer is None:
+        raise UsageError("a model given as an object needs its tokenizer; pass tokenizer=...")
+    model.requires_grad_(False).eval()
+    return Loaded(model, tokenizer, model.name_or_path or type(model).__name__, fingerprint(model))
+
+
+def _windows(loaded: Loaded, texts: Texts, config: PruneConfig) -> torch.Tensor:
+    check_seq_len(config.seq_len, getattr(loaded.model.config, "max_position_embeddings", None))
+    tokens = tokenize(texts, loaded.tokenizer)
+    return sample_windows(tokens, config.samples, config.seq_len, torch.Generator().manual_seed(config.seed))
+
+
+def _plan(adapter: DecoderAdapter, config: PruneConfig) -> Plan:
+    try:
+        return uniform_plan(adapter, config.target, config.block_range(len(adapter.blocks)))
+    except ValueError as error:  # a width that the pattern does not divide
+        raise UsageError(str(error)) from error
+
+
+def _settled(config: PruneConfig, loaded: Loaded, device: str, total: int) -> PruneConfig:
+    """The config with nothing left to circumstances: no auto, no relative path, blocks by number."""
+    blocks = config.block_range(total)
+    dtype, precision = str(loaded.model.dtype).removeprefix("torch."), resolve_precision(config.precision, device)
+    fields = {"device": device, "dtype": dtype, "precision": precision, "blocks": f"{blocks.start}:{blocks.stop}"}
+    return config_from_dict({**config.to_dict(), **fields, "data": _lasting(config.data)})
+
+
+def _lasting(source: str) -> str:
+    """A model or text that is named by a path, named so that it is found from any directory."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if source not in BUILT_IN and path.exists() else source
+
+
+def _report(
+    loaded: Loaded, config: PruneConfig, plan: Plan, records: list[BlockRecord], texts: Texts, blocks: int
+) -> dict[str, Any]:
+    linears = [linear for record in records for linear in record.linears]
+    notes = [f"{linear.name}: {linear.note}" for linear in linears if linear.note]
+    zeros = sum(linear.sparsity * plan[linear.name].size for linear in linears)
+    errors = [record.output_error for record in records if record.output_error is not None]
+    return {
+        "model": {"source": loaded.source, "class": type(loaded.model).__name__, "fingerprint": loaded.fingerprint},
+        "recipe": config.to_dict(),
+        "pattern": {"short": str(config.target), "words": config.target.words()},
+        "sparsity": {"requested": plan.sparsity, "achieved": zeros / plan.size},
+        "linears": len(linears),
+        "weights": plan.size,
+        "blocks": {"pruned": len(config.block_range(blocks)), "total": blocks},
+        "output_error": {"mean": sum(errors) / len(errors), "last": errors[-1]} if errors else None,
+        "data": {**texts.provenance, "name": texts.name, "samples": config.samples, "seq_len": config.seq_len},
+        "seed": config.seed,
+        "dropped_rows": sum(record.dropped_rows for record in records),
+        "warnings": notes,
+        "versions": versions(),
+    }
+
+
+def resolve_device(device: Device) -> str:
+    """What ``auto`` means here; DeviceError where the device asked for is not."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("--device cuda, but torch sees no CUDA device here; use --device cpu or auto")
+    return device
+
+
+def resolve_precision(precision: Precision, device: str) -> Literal["float32", "bfloat16"]:
+    """What ``auto`` means here: bfloat16 on a processor with instructions for its products, else float32."""
+    if precision != "auto":
+        return precision
+    able = torch.cpu.get_capabilities() if device == "cpu" else {}
+    return "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"

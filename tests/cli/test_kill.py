@@ -1,0 +1,34 @@
+"""SIGKILL at random moments: whatever is on the disk then, going on gives the bytes of an undisturbed run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DRIVER = Path(__file__).parent / "killed.py"
+
+
+@pytest.mark.parametrize("kills", [6, pytest.param(30, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(kills, model_dir, text_file, tmp_path):
+    flags = [model_dir, "--sparsity", "0.6", "--data", text_file, "--samples", "4", "--seq-len", "64"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    command = [sys.executable, DRIVER, str(kills), "0", tmp_path / "out", *flags]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith(f"{kills} kills, ")
+    whole = files(tmp_path / "out.first")
+    others = [path for path in tmp_path.iterdir() if path.name != "out.first"]
+    assert others
+    for path in others:  # finished runs only: nothing unfinished, half written or set aside is left
+        assert files(path) == whole
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    timed = {"records.jsonl", "report.json"}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in timed
+    }
