@@ -20,6 +20,7 @@ from secateur.config import Device, Dtype, PruneConfig
 from secateur.data.sources import Texts, read_texts
 from secateur.evaluation.perplexity import PerplexityResult, evaluate_text
 from secateur.models.load import Loaded
+from secateur.models.offload import is_offloaded
 from secateur.models.save import refuse_occupied
 from secateur.report.artefact import finished_report, read_records
 from secateur.report.comparison import Comparison, compare
@@ -90,9 +91,12 @@ def evaluate(
     def measure(which: "Source") -> list[PerplexityResult]:
         loaded = open_model(which, tokenizer, dtype, watch)
         home = loaded.model.device
-        torch.nn.Module.to(loaded.model, place)
+        movable = not is_offloaded(loaded.model)
+        if movable:
+            torch.nn.Module.to(loaded.model, place)
         results = [_perplexity(loaded, text, seq_len, limit, batch, watch.progress) for text in texts]
-        torch.nn.Module.to(loaded.model, home)
+        if movable:
+            torch.nn.Module.to(loaded.model, home)
         return results
 
     results = measure(model)

@@ -63,6 +63,9 @@ class PruneConfig:
     """Type that the model is loaded and saved in; auto keeps the checkpoint's."""
     batch: int = 1
     """Windows that go through a block together. More is faster and needs more memory."""
+    offload: Literal["auto", "on", "off"] = "auto"
+    """Leave the blocks of a model directory in their files and read them one at a time; auto where they exceed half of
+    the free memory. Needs ``out``. Changes no weight."""
     precision: Precision = "auto"
     """Of products in forwards and Gram matrices; auto takes bfloat16 where the processor multiplies it."""
 

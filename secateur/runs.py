@@ -20,6 +20,7 @@ from secateur.errors import ArtefactError, DeviceError, UsageError
 from secateur.evaluation.inspect import inspect
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.load import Loaded, fingerprint, load
+from secateur.models.offload import is_offloaded
 from secateur.models.save import clear_leftovers, save, staged
 from secateur.pruning.oneshot import BlockRecord, RunOptions, prune_blocks, uniform_plan
 from secateur.pruning.workdir import Workdir, opened
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 BUILT_IN = ("demo", "embedded")
 """Names that mean the same everywhere, whatever lies in the working directory."""
+MACHINE = ("offload",)
+"""Keys of a recipe that change how a machine is used and not one byte of the result."""
 PROBE_TOKENS = 16
 """Tokens on which a replay of all blocks is compared with the model's own forward."""
 
@@ -69,7 +72,7 @@ class Run:
         device = resolve_device(config.device)
         with watch.stage("data", f"read {config.data}"):
             texts = read_texts(config.data, "calibration")
-        loaded = open_model(model, tokenizer, config.dtype, watch)
+        loaded = open_model(model, tokenizer, config.dtype, watch, config.offload)
         windows = _windows(loaded, texts, config)
         adapter = DecoderAdapter(loaded.model)
         plan = _plan(adapter, config)
@@ -81,13 +84,17 @@ class Run:
         """What decides the bytes: an unfinished run goes on only where all of it is the same."""
         tokens = hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()[:16]
         return {
-            "recipe": self.config.to_dict(),
+            "recipe": {key: value for key, value in self.config.to_dict().items() if key not in MACHINE},
             "model": self.loaded.fingerprint,
             "tokens": tokens,
             "versions": versions(),
         }
 
     def in_memory(self) -> PruneResult:
+        if is_offloaded(self.loaded.model):
+            raise UsageError(
+                "a model whose blocks stay on disk needs an OUT to be pruned to; give one, or offload='off'"
+            )
         self.verify()
         records = self.blocks(None)
         return PruneResult(self.loaded.model, self.loaded.tokenizer, records, self.report(records))
@@ -104,6 +111,8 @@ class Run:
                 report = self.report(records) | {"out": str(out), "resumed_after_blocks": before}
                 write_report(folder / "secateur", report)
             clear_leftovers(out)
+        if is_offloaded(self.loaded.model):  # what it read from is gone
+            return PruneResult(load(str(out), offload="on").model, self.loaded.tokenizer, records, report)
         return PruneResult(self.loaded.model, self.loaded.tokenizer, records, report)
 
     def verify(self) -> None:
@@ -159,12 +168,13 @@ def open_model(
     tokenizer: "PreTrainedTokenizerBase | None",
     dtype: Dtype,
     watch: Stopwatch,
+    offload: Literal["auto", "on", "off"] = "off",
 ) -> Loaded:
     if isinstance(model, Loaded):
         return model
     if isinstance(model, str | os.PathLike):
         with watch.stage("load", f"load {os.fspath(model)}"):
-            return load(os.fspath(model), dtype=dtype)
+            return load(os.fspath(model), dtype=dtype, offload=offload)
     if tokenizer is None:
         raise UsageError("a model given as an object needs its tokenizer; pass tokenizer=...")
     model.requires_grad_(False).eval()

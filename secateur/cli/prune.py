@@ -22,6 +22,7 @@ from secateur.errors import UsageError
 @device_option
 @dtype_option
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to write; not one of yours.")
+@click.option("--offload", type=click.Choice(["auto", "on", "off"]), help="Leave blocks on disk.  [default: auto]")
 @click.option("--resume", is_flag=True, help="Go on with a run to the same OUT that was stopped.")
 @click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with any of these; flags win over it.")
 @click.option("--set", "sets", multiple=True, metavar="A.B=C", help="Change any recipe key: --set method.inner=admm")

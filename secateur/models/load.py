@@ -8,14 +8,17 @@ numbers.
 GGUF takes 12 s of CPU for 135M parameters, most of it parsing the vocabulary in pure Python.
 """
 
+import atexit
 import hashlib
 import importlib.util
 import json
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import (
@@ -29,6 +32,7 @@ from transformers import (
 
 from secateur.errors import ModelError
 from secateur.models.gguf_once import parsed_once
+from secateur.models.offload import disk_map, exceeds_memory, weights
 from secateur.models.quiet import quiet
 from secateur.models.save import forget_gguf
 
@@ -61,14 +65,19 @@ class Place(NamedTuple):
     advice: str
 
 
-def load(source: str, *, dtype: str = "auto", revision: str | None = None) -> Loaded:
-    """Load `source` in `dtype` ("auto" keeps the checkpoint's own); `revision` picks a commit of a hub model."""
+def load(
+    source: str, *, dtype: str = "auto", revision: str | None = None, offload: Literal["auto", "on", "off"] = "off"
+) -> Loaded:
+    """Load `source` in `dtype` ("auto" keeps the checkpoint's own); `revision` picks a commit of a hub model.
+
+    `offload` leaves the blocks of a directory in their files (``models.offload``); "auto" where they exceed memory.
+    """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     place = _locate(source, revision)
     with quiet(), parsed_once():
         with _in_one_line(source, place.advice):
-            model = _model(place, source, DTYPES[dtype])
+            model = _model(place, source, DTYPES[dtype], offload)
         with _in_one_line(f"the tokenizer of {source}", place.advice):
             tokenizer = AutoTokenizer.from_pretrained(place.name, trust_remote_code=False, **place.options)
     forget_gguf(model)
@@ -81,7 +90,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     """16 hex digits of the config and of a sample of every tensor: the same for the same model wherever it lies."""
     config = {key: value for key, value in model.config.to_dict().items() if key not in VOLATILE}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in weights(model):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         sample = tensor.detach().flatten()[:: max(1, tensor.numel() // SAMPLES)]
         digest.update(sample.contiguous().cpu().view(torch.uint8).numpy().tobytes())
@@ -146,7 +155,8 @@ def _refuse_incomplete(path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def _model(place: Place, source: str, dtype: str | torch.dtype) -> PreTrainedModel:
+def _model(place: Place, source: str, dtype: str | torch.dtype, offload: str) -> PreTrainedModel:
+    more: dict[str, Any]
     if "gguf_file" in place.options:
         more = {"quantization_config": GgufConfig(gguf_file=place.options["gguf_file"], dequantize=True)}
     else:
@@ -154,6 +164,8 @@ def _model(place: Place, source: str, dtype: str | torch.dtype) -> PreTrainedMod
         if getattr(config, "quantization_config", None) is not None:
             raise ModelError(f"{source} is already quantized; prune the original 16 or 32 bit model, then quantize it")
         more = {"config": config}
+        if offload == "on" or (offload == "auto" and Path(place.name).is_dir() and exceeds_memory(Path(place.name))):
+            more |= {"device_map": disk_map(config), "offload_folder": _scratch()}
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         place.name,
         dtype=dtype,
@@ -172,6 +184,13 @@ def _model(place: Place, source: str, dtype: str | torch.dtype) -> PreTrainedMod
         shapes = f"{name} is {tuple(found)} in the file and {tuple(wanted)} by config.json"
         raise ModelError(f"{source}: weights and config do not fit, {shapes}; {place.advice}")
     return model
+
+
+def _scratch() -> str:
+    """Where transformers puts weights that it had to convert; gone when the process ends."""
+    folder = tempfile.mkdtemp(prefix="secateur-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
-from logging import CRITICAL
+from logging import CRITICAL, getLogger
 from typing import Any
 
 import tqdm
@@ -16,8 +16,11 @@ from transformers.utils import logging
 def quiet() -> Iterator[None]:
     """Errors still pass, as exceptions; what was set before is set again afterwards."""
     verbosity, hub_verbosity = logging.get_verbosity(), hub_logging.get_verbosity()
+    accelerate = getLogger("accelerate")
+    level = accelerate.level
     logging.set_verbosity(CRITICAL)
     hub_logging.set_verbosity(CRITICAL)
+    accelerate.setLevel(CRITICAL)
     try:
         with _no_bars(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -25,6 +28,7 @@ def quiet() -> Iterator[None]:
     finally:
         logging.set_verbosity(verbosity)
         hub_logging.set_verbosity(hub_verbosity)
+        accelerate.setLevel(level)
 
 
 @contextmanager

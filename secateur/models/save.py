@@ -16,10 +16,13 @@ from uuid import uuid4
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.errors import UsageError
+from secateur.models.offload import is_offloaded
 from secateur.models.quiet import quiet
 
 OWN = "secateur"
 """The folder inside a saved directory that says it is ours."""
+SHARD, WHOLE = "400MB", "50GB"
+"""Largest file: of a model that is read from disk while it is written (one file in memory at a time), and of others."""
 PARTIAL, ASIDE = ".partial", ".old"
 """Suffixes beside OUT: what is being written, and what steps aside while it is replaced."""
 
@@ -30,7 +33,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) 
     use_cache, model.config.use_cache = model.config.use_cache, True  # `load` turned it off; who generates wants it
     try:
         with quiet():
-            model.save_pretrained(out)
+            model.save_pretrained(out, max_shard_size=SHARD if is_offloaded(model) else WHOLE)
             tokenizer.save_pretrained(out)
     finally:
         model.config.use_cache = use_cache

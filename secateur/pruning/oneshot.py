@@ -18,6 +18,7 @@ from secateur.core.solvers import Solver
 from secateur.core.sparsellm import Refined, SparseLLM
 from secateur.errors import NumericalError
 from secateur.models.adapter import DecoderAdapter
+from secateur.models.offload import at_hand
 from secateur.pruning.closed import closed
 from secateur.pruning.layerwise import layerwise
 from secateur.pruning.paper import paper
@@ -70,8 +71,8 @@ def prune_blocks(
     """Prune the planned linears of ``adapter.model`` in place, block by block, in order.
 
     ``windows`` are calibration rows of token ids. ``state`` goes on with a run whose first blocks are already pruned in
-    the model. Raises NumericalError where more than a tenth of the rows turn non-finite, ModelError where a block's
-    structure is refused.
+    the model. A block whose weights lie on disk is in memory until the next one is asked for. Raises NumericalError
+    where more than a tenth of the rows turn non-finite, ModelError where a block's structure is refused.
     """
     if method.needs == "nothing":  # structure is observed all the same, on a few tokens
         windows = windows[:1, :PROBE_TOKENS]
@@ -80,14 +81,16 @@ def prune_blocks(
     for index, name in enumerate(adapter.block_names[first:], first):
         start = time.perf_counter()
         work = Work(adapter, index, hidden, block_targets(plan, name), options)
-        work.block.to(options.device)
-        error, refined = (None, None) if not work.targets else prune_and_measure(work, method)
-        hidden = propagate(work) if not work.targets and index < last else work.hidden
-        work.block.to("cpu")
-        check_rows(name, len(windows), hidden)
-        seconds = time.perf_counter() - start
-        linears, rounds = tuple(work.records.values()), rounds_of(refined)
-        yield Finished(BlockRecord(index, name, seconds, error, work.dropped, linears, rounds, work.seconds), hidden)
+        with at_hand(work.block):
+            work.block.to(options.device)
+            error, refined = (None, None) if not work.targets else prune_and_measure(work, method)
+            hidden = propagate(work) if not work.targets and index < last else work.hidden
+            work.block.to("cpu")
+            check_rows(name, len(windows), hidden)
+            seconds = time.perf_counter() - start
+            linears, rounds = tuple(work.records.values()), rounds_of(refined)
+            record = BlockRecord(index, name, seconds, error, work.dropped, linears, rounds, work.seconds)
+            yield Finished(record, hidden)
 
 
 def prune_and_measure(work: Work, method: Method) -> tuple[float | None, Refined | None]:

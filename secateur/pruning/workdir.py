@@ -14,7 +14,7 @@ The dense model is read again. Disk: the pruned weights, and the hidden states t
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch import Tensor
 from secateur.core.plan import Plan
 from secateur.errors import ArtefactError, UsageError
 from secateur.models.adapter import DecoderAdapter
+from secateur.models.offload import is_offloaded, relocate
 from secateur.pruning.oneshot import Finished, State, block_targets
 from secateur.pruning.records import BlockRecord, block_record
 
@@ -51,6 +52,7 @@ class Workdir:
         linears = adapter.linears(adapter.blocks[record.index])
         weights = {name: linears[name].weight.detach().contiguous() for name in block_targets(plan, record.name)}
         self._write(_block_file(record.index), weights, {"record": json.dumps(record.to_dict())})
+        self._relocate(adapter, record.index, weights)
         rows = {f"{i:06d}": rows.contiguous() for i, rows in enumerate(finished.hidden)}
         self._write(STATE, rows, {"next": str(record.index + 1)})
 
@@ -60,13 +62,22 @@ class Workdir:
         for index in range(self.kept):
             weights, header = self._read(_block_file(index))
             linears = adapter.linears(adapter.blocks[index])
-            for name, weight in weights.items():
-                linears[name].weight.detach().copy_(weight)
+            if not self._relocate(adapter, index, weights):
+                for name, weight in weights.items():
+                    linears[name].weight.detach().copy_(weight)
             records.append(block_record(json.loads(header["record"])))
         if not records:
             return [], None
         rows, _ = self._read(STATE)
         return records, State(len(records), [rows[name] for name in sorted(rows)])
+
+    def _relocate(self, adapter: DecoderAdapter, index: int, names: Iterable[str]) -> bool:
+        """Have a model that lies on disk read this block's new weights from here; False for a model in memory."""
+        if not is_offloaded(adapter.model):
+            return False
+        block = adapter.block_names[index]
+        relocate(adapter.model, self.path / _block_file(index), {f"{block}.{name}.weight": name for name in names})
+        return True
 
     def remove(self) -> None:
         """The run is complete, or has nothing to keep."""

@@ -48,7 +48,7 @@ def run() -> Callable[..., Ran]:
 
 
 @pytest.fixture(scope="session")
-def model_dir(tmp_path_factory) -> Path:
+def model_dir(tmp_path_factory, byte_tokenizer) -> Path:
     """A random Llama of 2 blocks with tied embeddings, and a tokenizer of one token per byte."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -68,19 +68,8 @@ def model_dir(tmp_path_factory) -> Path:
         model = LlamaForCausalLM(config)
     path = tmp_path_factory.mktemp("models") / "tiny"
     model.save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
+    byte_tokenizer.save_pretrained(path)
     return path
-
-
-def byte_tokenizer():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", chat_template="{{ messages }}")
 
 
 @pytest.fixture(scope="session")

@@ -276,6 +276,56 @@ def test_resuming_what_is_complete_says_so(pruned, run, model_dir, text_file):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
+# ---- larger than memory
+
+
+def tensors(folder: Path) -> dict[str, "object"]:
+    from safetensors.torch import load_file
+
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("method", ["sparsellm", "magnitude"])
+def test_blocks_left_on_disk_are_pruned_to_the_same_weights(method, run, model_dir, text_file, tmp_path):
+    import torch
+
+    flags = ["--method", method, "--sparsity", "0.6", "--data", text_file, *SMALL, "--json"]
+    whole = run("prune", model_dir, *flags, "--out", tmp_path / "whole", "--offload", "off")
+    lazy = run("prune", model_dir, *flags, "--out", tmp_path / "lazy", "--offload", "on")
+    assert lazy.code == 0, lazy.err
+    assert lazy.json["sparsity"] == whole.json["sparsity"]
+    expected, found = tensors(tmp_path / "whole"), tensors(tmp_path / "lazy")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert run("inspect", tmp_path / "lazy", "--baseline", model_dir).code == 0
+
+
+def test_blocks_left_on_disk_can_be_resumed(run, model_dir, text_file, tmp_path, monkeypatch):
+    flags = ["--sparsity", "0.6", "--data", text_file, *SMALL, "--offload", "on", "--json"]
+    assert run("prune", model_dir, *flags, "--out", tmp_path / "whole").code == 0
+    with monkeypatch.context() as patch:
+        stop_at(4, patch)
+        with pytest.raises(PowerCutError):
+            run("prune", model_dir, *flags, "--out", tmp_path / "out")
+    ran = run("prune", model_dir, *flags, "--out", tmp_path / "out", "--resume")
+    assert ran.json["resumed_after_blocks"] == 1
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_python_gets_a_working_model_whose_blocks_are_on_disk(model_dir, text_file, tmp_path):
+    import torch
+
+    from secateur import PruneConfig, prune
+    from secateur.models.load import load
+
+    config = PruneConfig(sparsity=0.5, samples=4, seq_len=32, offload="on")
+    model = prune(str(model_dir), config, data=str(text_file), out=tmp_path / "out").model
+    tokens = torch.arange(9)[None]
+    assert torch.equal(model(tokens).logits, load(str(tmp_path / "out")).model(tokens).logits)
+    with pytest.raises(ValueError, match="needs an OUT"):
+        prune(str(model_dir), config, data=str(text_file))
+
+
 # ---- inspect and eval
 
 
