@@ -66,12 +66,14 @@ class PruneConfig:
     offload: Literal["auto", "on", "off"] = "auto"
     """Leave the blocks of a model directory in their files and read them one at a time; auto where they exceed half of
     the free memory. Needs ``out``. Changes no weight."""
+    hidden_memory: float = 8.0
+    """Host memory for hidden states that wait, in GB; what does not fit waits on disk beside OUT. Changes no weight."""
     precision: Precision = "auto"
     """Of products in forwards and Gram matrices; auto takes bfloat16 where the processor multiplies it."""
 
     def __post_init__(self) -> None:
         make_pattern(self.pattern, self.sparsity)
-        least = {"samples": 1, "seq_len": 2, "seed": 0, "batch": 1}
+        least = {"samples": 1, "seq_len": 2, "seed": 0, "batch": 1, "hidden_memory": 0}
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")

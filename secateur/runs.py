@@ -22,6 +22,7 @@ from secateur.models.adapter import DecoderAdapter
 from secateur.models.load import Loaded, fingerprint, load
 from secateur.models.offload import is_offloaded
 from secateur.models.save import clear_leftovers, save, staged
+from secateur.pruning.hidden import Budget
 from secateur.pruning.oneshot import BlockRecord, RunOptions, prune_blocks, uniform_plan
 from secateur.pruning.workdir import Workdir, opened
 from secateur.report.artefact import promises_of, write_artefact, write_report
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = ("demo", "embedded")
 """Names that mean the same everywhere, whatever lies in the working directory."""
-MACHINE = ("offload",)
+MACHINE = ("offload", "hidden_memory")
 """Keys of a recipe that change how a machine is used and not one byte of the result."""
 PROBE_TOKENS = 16
 """Tokens on which a replay of all blocks is compared with the model's own forward."""
@@ -121,7 +122,8 @@ class Run:
 
     def blocks(self, work: Workdir | None) -> list[BlockRecord]:
         """Prune block by block, from where the run stands."""
-        records, state = work.restore(self.adapter) if work else ([], None)
+        budget = work.budget(int(self.config.hidden_memory * 1e9)) if work else Budget()
+        records, state = work.restore(self.adapter, budget) if work else ([], None)
         options = RunOptions(
             self.config.device, self.config.batch, resolve_precision(self.config.precision, self.config.device)
         )

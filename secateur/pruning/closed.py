@@ -18,8 +18,9 @@ from secateur.core.linalg import fit
 from secateur.core.moments import CrossMoments, Gram
 from secateur.core.sparsellm import Refined, SparseLLM, closed_feedforward
 from secateur.pruning.ffn import HostTokens, dense_targets, ffn_patterns, ffn_view, write_ffn
+from secateur.pruning.hidden import Hidden
 from secateur.pruning.layerwise import planned_groups
-from secateur.pruning.work import Hidden, Precise, Watcher, Work, watching
+from secateur.pruning.work import Precise, Watcher, Work, watching
 
 HELD_OUT = 8
 """One calibration chunk in so many is held out of the FFN's fits and judges its iterates; with fewer chunks than that
@@ -36,14 +37,14 @@ def closed(work: Work, options: SparseLLM) -> Refined:
     return prune_ffn(work, X, Y, options)
 
 
-def attention_inputs(work: Work, dense: nn.Module, options: SparseLLM) -> tuple[Hidden, list[Tensor]]:
+def attention_inputs(work: Work, dense: nn.Module, options: SparseLLM) -> tuple[Hidden, Hidden]:
     """Prune what feeds the attention; returns the dense block's outputs and its inputs of the output projection."""
     out = work.layout.attention_out
     groups = [g for g in attention_groups(work) if out not in g]
     device = torch.device(work.options.device)
     grams = {g: Gram.zeros(work.targets[g[0]].shape[1], device) for g in groups}
     watchers: dict[nn.Module, Watcher] = {dense.get_submodule(g[0]): gram.update for g, gram in grams.items()}
-    attended: list[Tensor] = []
+    attended = work.waiting()
     if out in work.targets:
         watchers[dense.get_submodule(out)] = lambda a: attended.append(a.cpu())
     with work.forwards("dense forward"):
@@ -65,7 +66,7 @@ class _ReachedError(Exception):
     """Ends a forward that has shown what was wanted of it."""
 
 
-def attention_output(work: Work, attended: list[Tensor], options: SparseLLM) -> None:
+def attention_output(work: Work, attended: Hidden, options: SparseLLM) -> None:
     """Fit the output projection to the dense attention's output on its real inputs, then prune it."""
     out = work.layout.attention_out
     if out not in work.targets:
@@ -93,12 +94,12 @@ def attention_output(work: Work, attended: list[Tensor], options: SparseLLM) -> 
 
 def ffn_tokens(work: Work, dense: nn.Module, outputs: Hidden, options: SparseLLM) -> tuple[Hidden, Hidden]:
     """Inputs X of the FFN behind the pruned attention, and the targets Y that it is fitted to."""
-    inputs, residuals = [], []
+    inputs, residuals = work.waiting(), work.waiting()
     with work.forwards("attention forward"), silenced(work, inputs):
         for rows in work.hidden:
             residuals.append(work.run(rows))
     if options.target == "block" and work.layout.additive:
-        return inputs, [out - residual for out, residual in zip(outputs, residuals, strict=True)]
+        return inputs, work.waiting(out - residual for out, residual in zip(outputs, residuals, strict=True))
     with work.forwards("dense forward"):
         return inputs, dense_targets(work, ffn_view(work), inputs)
 

@@ -11,7 +11,8 @@ from secateur.core.pattern import Stacked
 from secateur.core.solver import Pruned
 from secateur.core.sparsellm import Patterns, Refined
 from secateur.models.layout import FeedForwardForm, Half
-from secateur.pruning.work import Hidden, Work
+from secateur.pruning.hidden import Hidden
+from secateur.pruning.work import Work
 
 
 def ffn_view(work: Work) -> FeedForward:
@@ -58,7 +59,7 @@ def dense_targets(work: Work, dense: FeedForward, inputs: Hidden) -> Hidden:
     def output(X: Tensor) -> Tensor:
         return dense(X.to(work.options.device).flatten(0, -2).float()).view_as(X).to(X.device, X.dtype)
 
-    return [output(X) for X in inputs]
+    return work.waiting(output(X) for X in inputs)
 
 
 def first_linears(form: FeedForwardForm) -> tuple[str, ...]:

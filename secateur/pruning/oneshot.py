@@ -1,7 +1,8 @@
 """The one-shot pipeline: blocks one at a time, each seeing what the pruned blocks before it produce.
 
 ``prune_blocks`` is a generator: it changes the model in place and yields after every block, so that whoever runs it
-draws the progress bar, saves, or stops. Hidden states wait in host memory; the block at work is on the device.
+draws the progress bar, saves, or stops. Hidden states wait in host memory, beyond a budget in files; the block at work
+is on the device.
 """
 
 import time
@@ -20,10 +21,11 @@ from secateur.errors import NumericalError
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.offload import at_hand
 from secateur.pruning.closed import closed
+from secateur.pruning.hidden import Hidden
 from secateur.pruning.layerwise import layerwise
 from secateur.pruning.paper import paper
 from secateur.pruning.records import BlockRecord, RoundRecord
-from secateur.pruning.work import PROBE_TOKENS, Hidden, RunOptions, Work
+from secateur.pruning.work import PROBE_TOKENS, RunOptions, Work
 
 MAX_DROPPED = 0.1
 """Share of calibration rows that may turn non-finite before the run stops."""
@@ -76,7 +78,7 @@ def prune_blocks(
     """
     if method.needs == "nothing":  # structure is observed all the same, on a few tokens
         windows = windows[:1, :PROBE_TOKENS]
-    first, hidden = state or State(0, [adapter.first_hidden(rows).to("cpu") for rows in windows.split(options.batch)])
+    first, hidden = state or State(0, first_hidden(adapter, windows, options))
     last = max((i for i, name in enumerate(adapter.block_names) if block_targets(plan, name)), default=-1)
     for index, name in enumerate(adapter.block_names[first:], first):
         start = time.perf_counter()
@@ -91,6 +93,11 @@ def prune_blocks(
             linears, rounds = tuple(work.records.values()), rounds_of(refined)
             record = BlockRecord(index, name, seconds, error, work.dropped, linears, rounds, work.seconds)
             yield Finished(record, hidden)
+
+
+def first_hidden(adapter: DecoderAdapter, windows: Int[Tensor, "rows S"], options: RunOptions) -> Hidden:
+    """Inputs of block 0."""
+    return Hidden(options.budget, (adapter.first_hidden(rows).to("cpu") for rows in windows.split(options.batch)))
 
 
 def prune_and_measure(work: Work, method: Method) -> tuple[float | None, Refined | None]:
@@ -131,11 +138,10 @@ def check_rows(name: str, started: int, hidden: Hidden) -> None:
         )
 
 
-def lost_work(inputs: Hidden, dense: Hidden, pruned: Hidden) -> float:
+def lost_work(inputs: Hidden, dense: Sequence[Tensor], pruned: Hidden) -> float:
     """|pruned - dense|² / |dense - input|² over the sampled chunks."""
-    pairs = list(zip(inputs, dense, pruned, strict=False))
-    lost = sum(float((p.float() - d.float()).square().sum()) for _, d, p in pairs)
-    done = sum(float((d.float() - x.float()).square().sum()) for x, d, _ in pairs)
+    lost = sum(float((p.float() - d.float()).square().sum()) for d, p in zip(dense, pruned, strict=False))
+    done = sum(float((d.float() - x.float()).square().sum()) for x, d in zip(inputs, dense, strict=True))
     return lost / done if done > 0 else 0.0
 
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from secateur.core.sparsellm import Refined, SparseLLM, paper_feedforward
 from secateur.pruning.ffn import HostTokens, dense_targets, ffn_patterns, ffn_view, write_ffn
 from secateur.pruning.layerwise import layerwise
-from secateur.pruning.work import Hidden, Precise, Watcher, Work
+from secateur.pruning.work import Precise, Watcher, Work
 
 
 def paper(work: Work, options: SparseLLM) -> Refined | None:
     """Prune one block; returns what the FFN went through."""
     form = work.form
-    inputs: Hidden = []
+    inputs = work.waiting()
 
     def collect(X: Tensor) -> None:
         inputs.append(X.to("cpu"))

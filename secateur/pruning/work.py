@@ -1,11 +1,11 @@
 """One block on its way through a pruning method: its rows of hidden states, its calls, its linears.
 
-Hidden states wait in host memory in chunks of ``batch`` rows; the block is on the accelerator while it is worked on,
-and a chunk visits it. Forwards and Gram products run at ``RunOptions.precision``; solves always run in full float32.
+Hidden states wait in chunks of ``batch`` rows (``pruning.hidden``); the block is on the accelerator while it is worked
+on, and a chunk visits it. Forwards and Gram products run at ``RunOptions.precision``; solves always run in float32.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -21,9 +21,9 @@ from secateur.core.solver import LayerSolver, Needs, Pruned, relative_error
 from secateur.errors import ModelError
 from secateur.models.adapter import Call, DecoderAdapter, Linear
 from secateur.models.layout import FeedForwardForm, Layout, observe
+from secateur.pruning.hidden import Budget, Hidden
 from secateur.pruning.records import LinearRecord
 
-Hidden = list[Float[Tensor, "B S D"]]
 PROBE_TOKENS = 64
 """Tokens on which the structure of a block is observed."""
 Watcher = Callable[[Tensor], None]
@@ -40,6 +40,8 @@ class RunOptions:
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of forwards and Grams. "bfloat16" runs forwards under autocast and rounds the inputs of other float32 products
     to 16 bit, adding up in float32: 2 to 4 times faster on processors with AMX or AVX512-BF16. Solves stay float32."""
+    budget: Budget = field(default_factory=Budget)
+    """Host memory of waiting hidden states."""
 
 
 @dataclass
@@ -96,21 +98,28 @@ class Work:
         with torch.autocast(rows.device.type, torch.bfloat16, enabled=rounded):
             return self.adapter.replay(block or self.block, rows, self.call(rows)).to("cpu", rows.dtype)
 
+    def waiting(self, rows: Iterable[Tensor] = ()) -> Hidden:
+        """A place for hidden states."""
+        return Hidden(self.options.budget, rows)
+
     def watched_pass(self, watchers: dict[nn.Module, Watcher], block: nn.Module | None = None) -> Hidden:
         """Outputs of the block for all rows; each watcher gets its module's inputs.
 
         Rows whose output is not finite are dropped from ``hidden`` first, so that no watcher ever sees them.
         """
-        kept: Hidden = []
-        outputs: Hidden = []
-        for rows in self.hidden:
+        kept, outputs = self.waiting(), self.waiting()
+        for index, rows in enumerate(self.hidden):
             seen: dict[nn.Module, Tensor] = {}
             with watching({module: partial(seen.__setitem__, module) for module in watchers}):
                 out = self.run(rows, block)
             finite = torch.isfinite(out).flatten(1).all(dim=1)
-            if finite.any():
+            if finite.all():
+                kept.share(self.hidden, index)
+                outputs.append(out)
+            elif finite.any():
                 kept.append(rows[finite])
                 outputs.append(out[finite])
+            if finite.any():
                 for module, watcher in watchers.items():
                     inputs = seen[module].view(len(rows), -1, seen[module].shape[-1])
                     watcher(inputs if finite.all() else inputs[finite.to(inputs.device)])

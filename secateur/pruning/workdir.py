@@ -3,12 +3,14 @@
     OUT.unfinished/
       run.json                     what is being done: recipe, fingerprints of model and tokens, versions
       blocks/00007.safetensors     new weights of the block's planned linears; its record in the header
-      state.safetensors            hidden states before the next block; the block's number in the header
+      hidden/00008-00000.safetensors ...    hidden states before the next block, in parts
+      state.json                   the next block, and how many parts its hidden states have
+      spill/                       hidden states that wait and find no room in memory
       lock                         held by the process at work
 
 A file is written under another name, flushed to the disk and renamed, the state last: whatever moment a run is killed
-at, the state and the blocks before it belong together, and going on from there gives the bytes of an undisturbed run.
-The dense model is read again. Disk: the pruned weights, and the hidden states twice while they are replaced.
+at, the state and what it names belong together, and going on from there gives the bytes of an undisturbed run. The
+dense model is read again. Disk: the pruned weights, and the hidden states twice while they are replaced.
 """
 
 import json
@@ -28,11 +30,14 @@ from secateur.core.plan import Plan
 from secateur.errors import ArtefactError, UsageError
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.offload import is_offloaded, relocate
+from secateur.pruning.hidden import Budget, Hidden
 from secateur.pruning.oneshot import Finished, State, block_targets
 from secateur.pruning.records import BlockRecord, block_record
 
 SUFFIX = ".unfinished"
-RUN, STATE, LOCK = "run.json", "state.safetensors", "lock"
+RUN, STATE, LOCK = "run.json", "state.json", "lock"
+PART = 256 * 2**20
+"""Bytes of hidden states in one file; they are in memory together while it is written."""
 
 
 class Workdir:
@@ -44,7 +49,7 @@ class Workdir:
     @property
     def kept(self) -> int:
         """Finished blocks on disk; 0 where no state was ever written."""
-        return int(self._header(STATE)["next"]) if (self.path / STATE).exists() else 0
+        return self._state()["next"]
 
     def keep(self, adapter: DecoderAdapter, plan: Plan, finished: Finished) -> None:
         """Make one finished block durable, then the state behind it."""
@@ -53,13 +58,20 @@ class Workdir:
         weights = {name: linears[name].weight.detach().contiguous() for name in block_targets(plan, record.name)}
         self._write(_block_file(record.index), weights, {"record": json.dumps(record.to_dict())})
         self._relocate(adapter, record.index, weights)
-        rows = {f"{i:06d}": rows.contiguous() for i, rows in enumerate(finished.hidden)}
-        self._write(STATE, rows, {"next": str(record.index + 1)})
+        number = record.index + 1
+        parts = 0
+        for parts, rows in enumerate(_parts(finished.hidden), 1):
+            self._write(_hidden_file(number, parts - 1), rows, {})
+        state = json.dumps({"next": number, "parts": parts})
+        durable(self.path / STATE, lambda path: path.write_text(state, encoding="utf-8"))
+        for old in (self.path / "hidden").glob("*"):
+            if not old.name.startswith(f"{number:05d}-"):
+                old.unlink()
 
-    def restore(self, adapter: DecoderAdapter) -> tuple[list[BlockRecord], State | None]:
+    def restore(self, adapter: DecoderAdapter, budget: Budget) -> tuple[list[BlockRecord], State | None]:
         """Put the finished blocks' weights into a freshly loaded model; their records, and where to go on."""
-        records = []
-        for index in range(self.kept):
+        state, records = self._state(), []
+        for index in range(state["next"]):
             weights, header = self._read(_block_file(index))
             linears = adapter.linears(adapter.blocks[index])
             if not self._relocate(adapter, index, weights):
@@ -68,8 +80,26 @@ class Workdir:
             records.append(block_record(json.loads(header["record"])))
         if not records:
             return [], None
-        rows, _ = self._read(STATE)
-        return records, State(len(records), [rows[name] for name in sorted(rows)])
+        hidden = Hidden(budget)
+        for part in range(state["parts"]):
+            rows, _ = self._read(_hidden_file(state["next"], part))
+            for name in sorted(rows):
+                hidden.append(rows[name])
+        return records, State(len(records), hidden)
+
+    def budget(self, limit: int) -> Budget:
+        """Host memory for waiting hidden states, with an empty folder for what does not fit."""
+        folder = self.path / "spill"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return Budget(limit, folder)
+
+    def _state(self) -> dict[str, int]:
+        path = self.path / STATE
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"next": 0, "parts": 0}
+        except ValueError as error:
+            raise _unreadable(path, error) from error
 
     def _relocate(self, adapter: DecoderAdapter, index: int, names: Iterable[str]) -> bool:
         """Have a model that lies on disk read this block's new weights from here; False for a model in memory."""
@@ -87,12 +117,12 @@ class Workdir:
         durable(self.path / name, lambda path: save_file(tensors, path, header))
 
     def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-        with _readable(self.path / name) as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118  (not a mapping)
-
-    def _header(self, name: str) -> dict[str, str]:
-        with _readable(self.path / name) as file:
-            return file.metadata()
+        path = self.path / name
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(path, error) from error
 
 
 @contextmanager
@@ -127,7 +157,8 @@ def _admit(work: Workdir, run: Mapping[str, Any], resume: bool) -> None:
             raise UsageError(
                 f"{work.path} is a run of something else: {'; '.join(differ)}; repeat that request, or delete it"
             )
-    (work.path / "blocks").mkdir(exist_ok=True)
+    for folder in ("blocks", "hidden"):
+        (work.path / folder).mkdir(exist_ok=True)
     text = json.dumps(run, indent=2, sort_keys=True) + "\n"
     durable(work.path / RUN, lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -178,10 +209,22 @@ def _block_file(index: int) -> str:
     return f"blocks/{index:05d}.safetensors"
 
 
-@contextmanager
-def _readable(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"{path} of an unfinished run is not readable ({error}); delete the directory") from error
+def _hidden_file(number: int, part: int) -> str:
+    return f"hidden/{number:05d}-{part:05d}.safetensors"
+
+
+def _parts(hidden: Hidden) -> Iterator[dict[str, Tensor]]:
+    """The chunks in groups that stay below PART, named in order."""
+    group: dict[str, Tensor] = {}
+    size = 0
+    for index, rows in enumerate(hidden):
+        if group and size + rows.numel() * rows.element_size() > PART:
+            yield group
+            group, size = {}, 0
+        group[f"{index:06d}"] = rows.contiguous()
+        size += rows.numel() * rows.element_size()
+    yield group
+
+
+def _unreadable(path: Path, error: Exception) -> ArtefactError:
+    return ArtefactError(f"{path} of an unfinished run is not readable ({error}); delete the directory")

@@ -191,7 +191,10 @@ def stop_at(number, monkeypatch):
     monkeypatch.setattr(workdir, "durable", cut)
 
 
-@pytest.mark.parametrize("number", range(5), ids=["run.json", "block 0", "state 1", "block 1", "state 2"])
+WRITES = ["run.json", "block 0", "hidden 1", "state 1", "block 1", "hidden 2", "state 2"]
+
+
+@pytest.mark.parametrize("number", range(len(WRITES)), ids=WRITES)
 @pytest.mark.parametrize("method", ["sparsellm", "wanda"])
 def test_stopped_at_any_write_and_resumed_gives_the_same_bytes(
     number, method, run, model_dir, text_file, tmp_path, monkeypatch
@@ -206,7 +209,7 @@ def test_stopped_at_any_write_and_resumed_gives_the_same_bytes(
     assert not out.exists()
     ran = run("prune", model_dir, *flags, "--out", out, "--resume", "--json")
     assert ran.code == 0, ran.err
-    assert ran.json["resumed_after_blocks"] == max(0, (number - 1) // 2)
+    assert ran.json["resumed_after_blocks"] == max(0, (number - 1) // 3)
     assert files(out) == files(tmp_path / "whole")
     assert not (tmp_path / "out.unfinished").exists()
     names = [json.loads(line)["name"] for line in (out / "secateur" / "records.jsonl").read_text().splitlines()]
@@ -218,7 +221,7 @@ def unfinished(run, model_dir, text_file, tmp_path, monkeypatch):
     """OUT, the flags and the directory of a run that was stopped after its first block."""
     flags = ["--sparsity", "0.6", "--data", text_file, *SMALL]
     with monkeypatch.context() as patch:
-        stop_at(4, patch)
+        stop_at(WRITES.index("state 2"), patch)
         with pytest.raises(PowerCutError):
             run("prune", model_dir, *flags, "--out", tmp_path / "out")
     return tmp_path / "out", flags, tmp_path / "out.unfinished"
@@ -259,10 +262,11 @@ def test_two_runs_never_work_in_one_directory(unfinished, run, model_dir):
 
 def test_a_damaged_state_is_one_line(unfinished, run, model_dir):
     out, flags, kept = unfinished
-    (kept / "state.safetensors").write_bytes(b"\0" * 40)
-    ran = run("prune", model_dir, *flags, "--out", out, "--resume")
-    assert ran.code == 1
-    assert "state.safetensors of an unfinished run is not readable" in ran.error
+    for name in ("hidden/00001-00000.safetensors", "blocks/00000.safetensors", "state.json"):
+        (kept / name).write_bytes(b"\0" * 40)
+        ran = run("prune", model_dir, *flags, "--out", out, "--resume")
+        assert ran.code == 1
+        assert f"{name} of an unfinished run is not readable" in ran.error
 
 
 def test_resuming_what_is_complete_says_so(pruned, run, model_dir, text_file):
@@ -300,11 +304,22 @@ def test_blocks_left_on_disk_are_pruned_to_the_same_weights(method, run, model_d
     assert run("inspect", tmp_path / "lazy", "--baseline", model_dir).code == 0
 
 
+@pytest.mark.parametrize("method", ["sparsellm", "wanda"])
+def test_hidden_states_that_wait_on_disk_change_nothing(method, run, model_dir, text_file, tmp_path):
+    flags = ["--method", method, "--sparsity", "0.6", "--data", text_file, *SMALL]
+    assert run("prune", model_dir, *flags, "--out", tmp_path / "whole").code == 0
+    ran = run("prune", model_dir, *flags, "--set", "hidden_memory=0.00001", "--out", tmp_path / "out")  # two chunks
+    assert ran.code == 0, ran.err
+    changed = {"secateur/recipe.yaml"}
+    expected, found = files(tmp_path / "whole"), files(tmp_path / "out")
+    assert {name for name in expected if expected[name] != found[name]} == changed
+
+
 def test_blocks_left_on_disk_can_be_resumed(run, model_dir, text_file, tmp_path, monkeypatch):
     flags = ["--sparsity", "0.6", "--data", text_file, *SMALL, "--offload", "on", "--json"]
     assert run("prune", model_dir, *flags, "--out", tmp_path / "whole").code == 0
     with monkeypatch.context() as patch:
-        stop_at(4, patch)
+        stop_at(WRITES.index("state 2"), patch)
         with pytest.raises(PowerCutError):
             run("prune", model_dir, *flags, "--out", tmp_path / "out")
     ran = run("prune", model_dir, *flags, "--out", tmp_path / "out", "--resume")

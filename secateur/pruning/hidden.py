@@ -1,0 +1,86 @@
+"""Hidden states that wait between two passes over a block: in host memory up to a budget, beyond it in files.
+
+A run has one ``Budget``; every ``Hidden`` made from it draws on it and gives back what is no longer needed. A chunk
+that finds no room is written to a file of its own and read again whenever it is asked for; the file goes with it.
+
+B = rows of a chunk, S = tokens of a row, D = width.
+"""
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import overload
+from uuid import uuid4
+
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class Budget:
+    """Bytes of host memory for waiting hidden states, and the folder for those that do not fit (None = no limit)."""
+
+    def __init__(self, limit: int = 0, folder: Path | None = None) -> None:
+        self.limit, self.folder = limit, folder
+        self.used = 0
+
+    def place(self, rows: Float[Tensor, "B S D"]) -> "Chunk":
+        """The chunk, in memory where there is room, else in a file."""
+        size = rows.numel() * rows.element_size()
+        if self.folder is None or self.used + size <= self.limit:
+            self.used += size
+            chunk = Chunk(rows)
+            weakref.finalize(chunk, self._release, size)
+            return chunk
+        path = self.folder / f"{uuid4().hex}.safetensors"
+        save_file({"rows": rows.contiguous()}, path)
+        chunk = Chunk(path)
+        weakref.finalize(chunk, path.unlink, missing_ok=True)
+        return chunk
+
+    def _release(self, size: int) -> None:
+        self.used -= size
+
+
+class Chunk:
+    """Some rows, wherever they are."""
+
+    def __init__(self, rows: Tensor | Path) -> None:
+        self._rows = rows
+
+    def load(self) -> Float[Tensor, "B S D"]:
+        return load_file(self._rows)["rows"] if isinstance(self._rows, Path) else self._rows
+
+
+class Hidden(Sequence[Tensor]):
+    """Chunks of hidden states, in order. Slices and ``share`` copy nothing."""
+
+    def __init__(self, budget: Budget, rows: Iterable[Float[Tensor, "B S D"]] = ()) -> None:
+        self.budget = budget
+        self._chunks: list[Chunk] = []
+        for chunk in rows:
+            self.append(chunk)
+
+    def append(self, rows: Float[Tensor, "B S D"]) -> None:
+        self._chunks.append(self.budget.place(rows))
+
+    def share(self, other: "Hidden", index: int) -> None:
+        """Append a chunk of another one as it is."""
+        self._chunks.append(other._chunks[index])
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Hidden": ...
+    def __getitem__(self, index: int | slice) -> "Tensor | Hidden":
+        if isinstance(index, int):
+            return self._chunks[index].load()
+        part = Hidden(self.budget)
+        part._chunks = self._chunks[index]
+        return part
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (chunk.load() for chunk in self._chunks)
