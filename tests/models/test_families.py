@@ -100,7 +100,7 @@ FAMILIES = {
     "stablelm-parallel": Family("stablelm", GROUPED | {"use_parallel_residual": True, "qk_layernorm": True}, LLAMA),
     "cohere": Family("cohere", GROUPED | {"use_qk_norm": True, "logit_scale": 0.5}, LLAMA),
     # taken as they come
-    "apertus": Family("apertus", GROUPED, QKV + "up_proj > down_proj"),
+    "apertus": Family("apertus", GROUPED, QKV + PLAIN + "xielu(up)"),
     "arcee": Family("arcee", HEADS, QKV + PLAIN + "relu2(up)"),
     "biogpt": Family("biogpt", WIDE, QKV_OUT + "fc1 > fc2, gelu(up)"),
     "bitnet": Family("bitnet", GROUPED, QKV + "gate_proj+up_proj > down_proj"),
@@ -133,7 +133,7 @@ FAMILIES = {
     "hyperclovax": Family("hyperclovax", GROUPED | MULTIPLIERS, LLAMA + AFTER),
     "internlm3": Family("internlm3", HEADS, LLAMA),
     "jais2": Family("jais2", HEADS, QKV + PLAIN + "relu2(up)"),
-    "minicpm3": Family("minicpm3", WIDE | LOW_RANK, LATENT + GATED + "silu(gate) * up" + AFTER),
+    "minicpm3": Family("minicpm3", WIDE | LOW_RANK | {"scale_depth": 0.5}, LATENT + GATED + "silu(gate) * up" + AFTER),
     "ministral": Family("ministral", HEADS | MIXED, LLAMA),
     "modernbert-decoder": Family(
         "modernbert-decoder",
@@ -162,7 +162,6 @@ FAMILIES = {
     "youtu": Family("youtu", WIDE | LOW_RANK | {"num_key_value_heads": 4}, LATENT + GATED + "silu(gate) * up"),
 }
 REFUSED = {
-    "apertus": "neither phi(up) nor phi(gate) * up",  # xIELU bends by two learned numbers, other ones in each block
     "bitnet": "neither phi(up) nor phi(gate) * up",  # a norm stands between the activation and the down projection
 }
 """FFNs of another form: SparseLLM says so and stops, layer solvers prune them."""
@@ -264,10 +263,7 @@ def unchanged(model, name, but):
 
 
 SSM = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_chunk_size": 16}
-SMALL_SSM = {
-    "mamba_d_state": 4,
-    "mamba_dt_rank": 4,
-}
+SMALL_SSM = {"mamba_d_state": 4, "mamba_dt_rank": 4}
 DELTA = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
 ZAMBA = WIDE | {"num_key_value_heads": 4, "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2}
 SECOND = {"layer_types": ["full_attention", "linear_attention"]}
@@ -310,13 +306,7 @@ HYBRIDS = {
         r"layers\.0\.mamba \(ZambaMambaMixer\)",
     ),
     "zamba2": (
-        ZAMBA
-        | {
-            "mamba_d_state": 8,
-            "n_mamba_heads": 4,
-            "mamba_ngroups": 1,
-            "chunk_size": 16,
-        },
+        ZAMBA | {"mamba_d_state": 8, "n_mamba_heads": 4, "mamba_ngroups": 1, "chunk_size": 16},
         r"layers\.0\.mamba \(Zamba2MambaMixer\)",
     ),
 }
