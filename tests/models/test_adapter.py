@@ -147,6 +147,14 @@ def test_a_model_without_a_list_of_blocks_is_refused(tiny):
         DecoderAdapter(model)
 
 
+def test_a_smaller_list_is_no_substitute_for_the_blocks(tiny):
+    model = tiny("llama")
+    model.model.layers[1] = _Other(model.model.layers[1])
+    model.model.norm = _InTurn(nn.Linear(32, 32), nn.Linear(32, 32))
+    with pytest.raises(ModelError, match=r"model\.layers .* it holds LlamaDecoderLayer and _Other"):
+        DecoderAdapter(model)
+
+
 def test_verify_names_the_block_whose_replay_differs(tiny, input_ids):
     adapter = DecoderAdapter(tiny("llama"))
     calls = adapter.calls(*input_ids.shape)
@@ -165,3 +173,16 @@ class _Other(nn.Module):
 
     def forward(self, *args, **kwargs):
         return self.inner(*args, **kwargs)
+
+
+class _InTurn(nn.Module):
+    """A list of modules that run once each, one after the other."""
+
+    def __init__(self, *members):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, hidden):
+        for member in self.members:
+            hidden = member(hidden)
+        return hidden
