@@ -122,8 +122,10 @@ class DecoderAdapter:
             logits = self.model(input_ids=self._placed(input_ids), use_cache=False)[0]
         hidden, worst = self.first_hidden(input_ids), 0.0
         for i, call in enumerate(self.calls(*input_ids.shape)):
-            hidden = self.replay(i, hidden, call)
+            before, hidden = hidden, self.replay(i, hidden, call)
             worst = max(worst, _checked(f"block {self.block_names[i]}", hidden, outputs[i]))
+            self.replay(i, before.flip(1), call)  # other rows, as in pruning: a block that hands on more than its
+            # hidden states (keys and values for later blocks) makes the next one differ
         return max(worst, _checked("the head after the last block", self.logits(input_ids, hidden), logits))
 
     def _try(self, index: int) -> None:

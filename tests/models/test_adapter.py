@@ -164,6 +164,15 @@ def test_verify_names_the_block_whose_replay_differs(tiny, input_ids):
         adapter.verify(input_ids)
 
 
+def test_a_block_that_hands_on_more_than_its_hidden_states_is_noticed(tiny, input_ids):
+    model, state = tiny("llama"), {}
+    first, second, _ = model.model.layers
+    first.self_attn.k_proj.register_forward_hook(lambda *call: state.update(keys=call[-1]))
+    second.mlp.register_forward_hook(lambda *call: call[-1] + state["keys"].mean(dim=-1, keepdim=True))
+    with pytest.raises(ModelError, match=r"replaying block model\.layers\.1 differs"):
+        DecoderAdapter(model).verify(input_ids)
+
+
 class _Other(nn.Module):
     """A block of another class than its neighbours."""
 

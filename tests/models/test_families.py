@@ -30,7 +30,9 @@ class Family(NamedTuple):
     """``model_type`` of its config."""
     options: dict
     words: str
-    """``describe`` of every one of its blocks. Without an activation at its end, SparseLLM refuses the FFN."""
+    """``describe`` of its blocks. Without an activation at its end, SparseLLM refuses the FFN."""
+    second: str = ""
+    """The same of the second block, where it differs."""
 
 
 VOCABULARY, WINDOW = 64, 8
@@ -118,6 +120,15 @@ FAMILIES = {
     "exaone4": Family("exaone4", HEADS | MIXED, LLAMA + AFTER),
     "flint": Family("flint", HEADS, LLAMA),
     "gemma": Family("gemma", HEADS, GEMMA),
+    "gemma4": Family(
+        "gemma4_text",
+        HEADS
+        | MIXED
+        | {"global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+        | {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 64},
+        GEMMA + AFTER,
+        second=GEMMA.replace("+v_proj", "") + AFTER,
+    ),
     "glm": Family("glm", HEADS, QKV + HALVES + "silu(gate) * up"),
     "glm4": Family("glm4", HEADS, QKV + HALVES + "silu(gate) * up" + AFTER),
     "gpt_bigcode": Family("gpt_bigcode", GPT, CONV1D + "gelu_tanh(up)"),
@@ -135,6 +146,7 @@ FAMILIES = {
     "jais2": Family("jais2", HEADS, QKV + PLAIN + "relu2(up)"),
     "minicpm3": Family("minicpm3", WIDE | LOW_RANK | {"scale_depth": 0.5}, LATENT + GATED + "silu(gate) * up" + AFTER),
     "ministral": Family("ministral", HEADS | MIXED, LLAMA),
+    "ministral3": Family("ministral3", HEADS, LLAMA),
     "modernbert-decoder": Family(
         "modernbert-decoder",
         WIDE | MIXED | {"local_attention": WINDOW, "cls_token_id": 1, "sep_token_id": 2},
@@ -168,17 +180,21 @@ REFUSED = {
 TOKENS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
-@functools.lru_cache(maxsize=1)
-def made(name):
-    """The family's model, weights large enough for its activations to bend; tests that change it take a copy."""
-    family = FAMILIES[name]
-    config = CONFIG_MAPPING[family.kind](**family.options)
+def random_model(kind, options):
+    """Weights large enough for activations to bend, nothing zero or one."""
+    config = CONFIG_MAPPING[kind](**options)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.copy_(0.2 * noise if parameter.ndim >= 2 else parameter + 0.1 * noise)
     return model
+
+
+@functools.lru_cache(maxsize=1)
+def made(name):
+    """The family's model; tests that change it take a copy."""
+    return random_model(FAMILIES[name].kind, FAMILIES[name].options)
 
 
 def adapted(name):
@@ -208,7 +224,7 @@ def test_the_structure_of_every_block_is_observed(name):
     for index, call in enumerate(capture.calls):
         layout = observe(adapter, index, hidden, call)
         words, _, refusal = describe(layout).partition(" (")
-        assert words == FAMILIES[name].words
+        assert words == ((index == 1 and FAMILIES[name].second) or FAMILIES[name].words)
         assert (layout.ffn is None) == (name in REFUSED)
         assert REFUSED.get(name, "") in refusal
         parts = [group.part for group in layout.groups]
@@ -318,3 +334,50 @@ def test_hybrids_are_refused_by_the_name_of_their_mixer(kind):
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**options), dtype=torch.float32)
     with pytest.raises(ModelError, match=mixer + r".* mixes tokens by a convolution along time [^\n]*$"):
         DecoderAdapter(model)
+
+
+PER_LAYER = HEADS | MIXED | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64}
+UNSUPPORTED = {
+    "bart": (
+        IDS
+        | {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+        | {"encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48},
+        r"encoder_attn\.k_proj ran 0 times",
+    ),
+    "cpmant": (
+        IDS | {"hidden_size": 32, "num_attention_heads": 4, "dim_head": 8, "dim_ff": 48, "num_hidden_layers": 2},
+        r"replaying block cpmant\.encoder\.layers\.0 differs",  # the mask depends on the tokens
+    ),
+    "gemma3n_text": (
+        PER_LAYER | {"laurel_rank": 4, "num_kv_shared_layers": 0, "altup_num_inputs": 2},
+        r"replaying block model\.layers\.0 differs",  # blocks are given embeddings of the tokens
+    ),
+    "gemma4_text": (PER_LAYER, r"replaying block model\.layers\.0 differs"),  # the same
+    "hrm_text": (WIDE, "no list of same-class blocks that run once each"),
+    "rwkv": (
+        IDS | {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32, "context_length": 64},
+        r"holds matrices outside any linear: attention\.time_mix_key",
+    ),
+    "xlm": (
+        {"vocab_size": VOCABULARY, "emb_dim": 32, "n_layers": 2, "n_heads": 4, "causal": True},
+        r"replaying block transformer\.ffns\.1 differs",  # attentions and FFNs are two lists
+    ),
+    "xlnet": (
+        {"vocab_size": VOCABULARY, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
+        r"holds matrices outside any linear: rel_attn\.q \(32x4x8\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNSUPPORTED)
+def test_what_does_not_fit_is_refused_in_a_line(kind):
+    options, why = UNSUPPORTED[kind]
+    with pytest.raises(ModelError, match=r"^[^\n]*" + why + r"[^\n]*$"):
+        seen(DecoderAdapter(random_model(kind, options)))
+
+
+def seen(adapter):
+    """What a run asks before it prunes anything."""
+    adapter.verify(TOKENS)
+    capture = adapter.capture(TOKENS)
+    return observe(adapter, 0, capture.hidden, capture.calls[0])
