@@ -7,7 +7,8 @@ share one Gram matrix and one stacked solve. Three questions are then put to num
    token is the attention's output projection. What ran up to it is the attention, what runs after it the feed-forward
    network, in sequential and in parallel blocks alike.
 2. What is the feed-forward network? The input of its last linear must equal phi(up) or phi(gate) * up for some phi of
-   ``core.activations`` and some earlier linears, or halves of one fused linear. The nearest candidate wins.
+   ``core.activations`` and some earlier linears, or halves of one fused linear. The nearest candidate wins. xIELU's
+   two learned numbers are fitted first, then it is a candidate like the others.
 3. Does the network's output enter the residual stream as it is? It is disturbed, and the block's output must move by
    exactly that. It does not where a norm or a factor follows (Gemma 2 and 3, OLMo 2, OPT-350m).
 

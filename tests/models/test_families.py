@@ -118,7 +118,6 @@ FAMILIES = {
     ),
     "ernie4_5": Family("ernie4_5", HEADS | {"use_bias": True}, LLAMA),
     "exaone4": Family("exaone4", HEADS | MIXED, LLAMA + AFTER),
-    "flint": Family("flint", HEADS, LLAMA),
     "gemma": Family("gemma", HEADS, GEMMA),
     "gemma4": Family(
         "gemma4_text",
