@@ -5,6 +5,9 @@ A feed-forward network computes down(phi(up(x))) or down(phi(gate(x)) * up(x)). 
 a new activation is one row here and nothing anywhere else. The identity is left out on purpose: it is no activation,
 and it would "recognise" any linear chain.
 
+One kind is not fixed: xIELU bends by two numbers that the model learned, other ones in every block. Its row in
+``LEARNED`` says how to find them from inputs and outputs, and what activation they make.
+
 Every function works elementwise in the dtype it is given.
 """
 
@@ -96,3 +99,46 @@ ACTIVATIONS: dict[str, Activation] = {
         Activation("tanh", torch.tanh, d_tanh),
     )
 }
+
+
+def xielu(above: float, below: float) -> Activation:
+    """xIELU (arXiv:2411.13010): z/2 + above z² for positive z, z/2 + below (eᶻ - 1 - z) for negative z."""
+
+    def f(z: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        positive, negative = xielu_parts(z)
+        return 0.5 * z + above * positive + below * negative
+
+    def df(z: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        return 0.5 + 2 * above * F.relu(z) + below * torch.expm1(z.clamp(max=0))
+
+    return Activation("xielu", f, df)
+
+
+def xielu_parts(z: Float[Tensor, "*shape"]) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
+    """What the two learned numbers multiply; where one part is not zero, the other is."""
+    negative = z.clamp(max=0)
+    return relu2(z), torch.expm1(negative) - negative
+
+
+def fit_xielu(z: Float[Tensor, "*shape"], a: Float[Tensor, "*shape"]) -> tuple[float, float]:
+    """The two numbers with which xielu(z) comes nearest to a: least squares, each over its own sign of z."""
+    z, a = z.float(), a.float()
+    left = a - 0.5 * z
+    positive, negative = (float((left * part).sum() / part.square().sum().clamp_min(1e-30)) for part in xielu_parts(z))
+    return positive, negative
+
+
+class Learned(NamedTuple):
+    """An activation with learned numbers: how to find them, how to make it of them."""
+
+    fit: Callable[[Tensor, Tensor], tuple[float, ...]]
+    """From inputs z and outputs a."""
+    make: Callable[..., Activation]
+
+
+LEARNED: dict[str, Learned] = {"xielu": Learned(fit_xielu, xielu)}
+
+
+def activation(name: str, learned: tuple[float, ...] = ()) -> Activation:
+    """The activation of this name; `learned` are its numbers where it has some."""
+    return LEARNED[name].make(*learned) if name in LEARNED else ACTIVATIONS[name]

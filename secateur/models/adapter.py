@@ -1,10 +1,13 @@
 """One decoder, block by block: find the blocks, know what each is called with, replay them, read and write weights.
 
-Nothing here knows an architecture by name. The blocks are *found by observation*: of all lists of same-class modules,
-the largest whose members are called once each, in order, during one forward pass. What each block is called with (mask,
+Nothing here knows an architecture by name. The blocks are *found by observation*: the largest list of modules that one
+forward pass uses must hold modules of one class, called once each, in order. What each block is called with (mask,
 rotary embedding, positions; they differ from block to block with sliding windows) is captured by letting the model run
 with its blocks replaced by a pass-through, so that it costs the embedding and not the network. Whether a replay really
 equals the model's own forward is for ``verify`` to say, in numbers, before anything is pruned.
+
+Hybrids, where some blocks mix tokens by a recurrence or a convolution instead of attention, are refused by the trace
+that all of them leave: a convolution along time inside a block.
 
 Weights are read and written as (out, in), whatever the module: Conv1D of transformers is transposed here and nowhere
 else.
@@ -21,6 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
@@ -31,12 +35,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import ModelError
+from secateur.models.scales import scales
 
 Linear = nn.Linear | Conv1D
 """The modules that hold a prunable matrix."""
-NOT_MATRICES = (nn.Embedding, nn.Conv1d)
+NOT_MATRICES = (nn.Embedding,)
 """Modules whose parameters have two axes or more without being a matrix that multiplies tokens: relative position
-tables, depthwise convolutions along time. They are left as they are."""
+tables. They are left as they are."""
 PRUNABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TOLERANCE = 1e-4
 """Largest difference between replay and forward, relative to the largest hidden activation."""
@@ -68,11 +73,11 @@ class DecoderAdapter:
     def __init__(self, model: PreTrainedModel):
         refuse_quantized(model)
         self.model = model.eval()
-        name, self.blocks, self._returns_tuple = _find_blocks(model, self._tokens(1, 4))
+        name, self.blocks, self._items = _find_blocks(model, self._tokens(1, 4))
         self.block_names = [f"{name}.{i}" for i in range(len(self.blocks))]
         self._calls: dict[tuple[int, int], list[Call]] = {}
-        for block_name, block in zip(self.block_names, self.blocks, strict=True):
-            _refuse_uncovered(block_name, block, self.linears(block))
+        for i, (block_name, block) in enumerate(zip(self.block_names, self.blocks, strict=True)):
+            _refuse_uncovered(block_name, block, self.linears(block), partial(self._try, i))
         _refuse_tied(model, self.block_names)
 
     # ------------------------------------------------------------------------------------------------ calls and replay
@@ -104,7 +109,7 @@ class DecoderAdapter:
         """What the model makes of `hidden` after its last block: final norm and head, run by the model itself."""
 
         def answer(*args: Any, **kwargs: Any) -> Any:
-            return (hidden,) if self._returns_tuple else hidden
+            return _answer(hidden, self._items)
 
         with _replaced_forward(self.blocks, answer):
             return self.model(input_ids=self._placed(input_ids), use_cache=False)[0]
@@ -117,9 +122,16 @@ class DecoderAdapter:
             logits = self.model(input_ids=self._placed(input_ids), use_cache=False)[0]
         hidden, worst = self.first_hidden(input_ids), 0.0
         for i, call in enumerate(self.calls(*input_ids.shape)):
-            hidden = self.replay(i, hidden, call)
+            before, hidden = hidden, self.replay(i, hidden, call)
             worst = max(worst, _checked(f"block {self.block_names[i]}", hidden, outputs[i]))
+            self.replay(i, before.flip(1), call)  # other rows, as in pruning: a block that hands on more than its
+            # hidden states (keys and values for later blocks) makes the next one differ
         return max(worst, _checked("the head after the last block", self.logits(input_ids, hidden), logits))
+
+    def _try(self, index: int) -> None:
+        """Run one block on a few tokens, for those who watch it."""
+        capture = self.capture(self._tokens(1, 4))
+        self.replay(index, capture.hidden, capture.calls[index])
 
     def _enter(self, input_ids: Int[Tensor, "B S"], last: int) -> list[tuple[Tensor, Call]]:
         """Run the model up to the door of block `last`, blocks passing their input through: what each was given."""
@@ -129,7 +141,7 @@ class DecoderAdapter:
             seen.append(_split(args, kwargs))
             if len(seen) > last:
                 raise _AtTheDoorError
-            return (seen[-1][0],) if self._returns_tuple else seen[-1][0]
+            return _answer(seen[-1][0], self._items)
 
         with torch.no_grad(), _replaced_forward(self.blocks, pass_through), suppress(_AtTheDoorError):
             self.model(input_ids=self._placed(input_ids), use_cache=False)
@@ -188,33 +200,51 @@ def refuse_quantized(model: PreTrainedModel) -> None:
 # ---------------------------------------------------------------------------------------------------------- observation
 
 
-def _find_blocks(model: PreTrainedModel, input_ids: Int[Tensor, "B S"]) -> tuple[str, list[nn.Module], bool]:
-    """Name and members of the largest list of same-class modules that a forward pass calls once each, in order."""
-    lists = {
-        name: list(module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len({type(member) for member in module}) == 1
-    }
+def _find_blocks(model: PreTrainedModel, input_ids: Int[Tensor, "B S"]) -> tuple[str, list[nn.Module], int]:
+    """Name and members of the largest list of modules that a forward pass uses, and how many items they answer with.
+
+    The largest or none: a smaller list would leave most of the model unpruned without a word.
+    """
+    lists = {name: list(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     called: list[nn.Module] = []
-    tuples: set[nn.Module] = set()
+    items: dict[nn.Module, int] = {}
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
         called.append(module)
-        if isinstance(output, tuple):
-            tuples.add(module)
+        items[module] = len(output) if isinstance(output, tuple | list) else 0
 
     members = list(dict.fromkeys(member for blocks in lists.values() for member in blocks))
     with torch.no_grad(), _forward_hooks(members, note):
         model(input_ids=input_ids.to(_embedding(model).weight.device), use_cache=False)
 
-    in_order = {name: blocks for name, blocks in lists.items() if _only(blocks, called) == blocks}
-    if not in_order:
+    used = [name for name, blocks in lists.items() if _only(blocks, called)]
+    if not used:
         raise ModelError(
-            f"{type(model).__name__} has no list of same-class blocks that run one after the other; "
+            f"{type(model).__name__} has no list of blocks; secateur prunes decoders built of equal blocks"
+        )
+    name = max(used, key=lambda name: sum(p.numel() for block in lists[name] for p in block.parameters()))
+    blocks = lists[name]
+    _refuse_mixers(name, blocks)
+    if len({type(block) for block in blocks}) > 1 or _only(blocks, called) != blocks:
+        kinds = " and ".join(dict.fromkeys(type(block).__name__ for block in blocks))
+        raise ModelError(
+            f"{name} is no list of same-class blocks that run once each, one after the other: it holds {kinds}; "
             "secateur prunes decoders built of equal blocks"
         )
-    name = max(in_order, key=lambda name: sum(p.numel() for block in in_order[name] for p in block.parameters()))
-    return name, in_order[name], in_order[name][0] in tuples
+    return name, blocks, items[blocks[0]]
+
+
+def _refuse_mixers(name: str, blocks: list[nn.Module]) -> None:
+    """State-space, recurrent and convolutional token mixers: each shifts tokens through a convolution along time."""
+    for i, block in enumerate(blocks):
+        for inner, module in block.named_modules():
+            if isinstance(module, nn.Conv1d):
+                mixer, _, last = f"{i}.{inner}".rpartition(".")
+                kind = type(block.get_submodule(inner.rpartition(".")[0])).__name__
+                raise ModelError(
+                    f"{name}.{mixer} ({kind}) mixes tokens by a convolution along time ({last}), as state-space, "
+                    "recurrent and convolutional hybrids do; only blocks that mix tokens by attention are supported"
+                )
 
 
 def _only(wanted: list[nn.Module], modules: list[nn.Module]) -> list[nn.Module]:
@@ -222,13 +252,17 @@ def _only(wanted: list[nn.Module], modules: list[nn.Module]) -> list[nn.Module]:
     return [module for module in modules if module in members]
 
 
-def _refuse_uncovered(block_name: str, block: nn.Module, linears: dict[str, Linear]) -> None:
+def _refuse_uncovered(
+    block_name: str, block: nn.Module, linears: dict[str, Linear], replay: Callable[[], None]
+) -> None:
     """Fused experts and quantized matrices: parameters which `linears` would miss in silence, or could not read."""
     uncovered = {}
     for name, parameter in block.named_parameters():
         owner = name.rpartition(".")[0]
         if parameter.ndim >= 2 and owner not in linears and not isinstance(block.get_submodule(owner), NOT_MATRICES):
             uncovered[name] = parameter
+    for name in scales(block, uncovered, replay) if uncovered else ():
+        del uncovered[name]
     if uncovered:
         described = ", ".join(f"{name} ({'x'.join(map(str, p.shape))})" for name, p in uncovered.items())
         raise ModelError(
@@ -307,7 +341,12 @@ def _embedding(model: PreTrainedModel) -> nn.Embedding:
 
 
 def _hidden_of(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def _answer(hidden: Tensor, items: int) -> Any:
+    """What a block that answers with so many items (0: a bare tensor) would say, only its hidden states known."""
+    return (hidden, *[None] * (items - 1)) if items else hidden
 
 
 def _to(value: Any, device: torch.device | str) -> Any:

@@ -7,7 +7,8 @@ share one Gram matrix and one stacked solve. Three questions are then put to num
    token is the attention's output projection. What ran up to it is the attention, what runs after it the feed-forward
    network, in sequential and in parallel blocks alike.
 2. What is the feed-forward network? The input of its last linear must equal phi(up) or phi(gate) * up for some phi of
-   ``core.activations`` and some earlier linears, or halves of one fused linear. The nearest candidate wins.
+   ``core.activations`` and some earlier linears, or halves of one fused linear. The nearest candidate wins. xIELU's
+   two learned numbers are fitted first, then it is a candidate like the others.
 3. Does the network's output enter the residual stream as it is? It is disturbed, and the block's output must move by
    exactly that. It does not where a norm or a factor follows (Gemma 2 and 3, OLMo 2, OPT-350m).
 
@@ -28,7 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.core.activations import ACTIVATIONS
+from secateur.core.activations import ACTIVATIONS, LEARNED, activation
 from secateur.errors import ModelError
 from secateur.models.adapter import Call, DecoderAdapter
 
@@ -57,12 +58,14 @@ class Half:
 
 @dataclass(frozen=True)
 class FeedForwardForm:
-    """down(phi(up(x))), or with a gate down(phi(gate(x)) * up(x)); phi = ACTIVATIONS[activation]."""
+    """down(phi(up(x))), or with a gate down(phi(gate(x)) * up(x)); phi = activation(name, learned) of core."""
 
     up: Half
     gate: Half | None
     down: str
     activation: str
+    learned: tuple[float, ...] = ()
+    """Numbers that the activation learned (xIELU), found by fitting; most have none."""
 
 
 @dataclass(frozen=True)
@@ -175,19 +178,15 @@ def _feed_forward(runs: list[Run]) -> tuple[FeedForwardForm | None, str | None]:
     if len(_groups(sources, "ffn")) != 1:
         return None, f"{' and '.join(run.linear for run in sources)} do not read the same input"
     halves = _halves(sources, width=down.input.shape[-1])
-    forms = [(None, up) for up in halves] if len(halves) == 1 else list(permutations(halves, 2))
-    errors = {
-        FeedForwardForm(up, gate, down.linear, phi): _relative(_inner(phi, gate, up, halves), down.input)
-        for gate, up in forms
-        for phi in ACTIVATIONS
-    }
+    errors = {form: _relative(_inner(form, halves), down.input) for form in _forms(halves, down)}
     if not errors:
         return None, f"no linear feeds {down.linear} with its {down.input.shape[-1]} inputs or twice as many"
     best = min(errors, key=lambda form: errors[form])
     if errors[best] <= TOLERANCE[down.input.dtype]:
         return best, None
+    known = ", ".join([*ACTIVATIONS, *LEARNED])
     return None, (
-        f"the input of {down.linear} is neither phi(up) nor phi(gate) * up for any phi of {', '.join(ACTIVATIONS)} "
+        f"the input of {down.linear} is neither phi(up) nor phi(gate) * up for any phi of {known} "
         f"(nearest {best.activation}, relative error {errors[best]:.1e})"
     )
 
@@ -203,10 +202,21 @@ def _halves(sources: list[Run], width: int) -> dict[Half, Tensor]:
     return halves
 
 
-def _inner(phi: str, gate: Half | None, up: Half, outputs: dict[Half, Tensor]) -> Tensor:
+def _forms(halves: dict[Half, Tensor], down: Run) -> Iterator[FeedForwardForm]:
+    """Everything the network may be: every phi over one half, or over each of two with the other beside it."""
+    if len(halves) == 1:
+        ((up, output),) = halves.items()
+        yield from (FeedForwardForm(up, None, down.linear, phi) for phi in ACTIVATIONS)
+        for phi, row in LEARNED.items():
+            yield FeedForwardForm(up, None, down.linear, phi, row.fit(output.flatten(), down.input.flatten()))
+    for gate, up in permutations(halves, 2):
+        yield from (FeedForwardForm(up, gate, down.linear, phi) for phi in ACTIVATIONS)
+
+
+def _inner(form: FeedForwardForm, outputs: dict[Half, Tensor]) -> Tensor:
     """Computed in the block's own dtype, so that 16-bit rounding is the same as the model's."""
-    f = ACTIVATIONS[phi].f
-    return f(outputs[up]) if gate is None else f(outputs[gate]) * outputs[up]
+    f = activation(form.activation, form.learned).f
+    return f(outputs[form.up]) if form.gate is None else f(outputs[form.gate]) * outputs[form.up]
 
 
 def _is_additive(adapter: DecoderAdapter, index: int, hidden: Tensor, call: Call, down: str, output: Tensor) -> bool:

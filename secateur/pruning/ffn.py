@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from secateur.core.activations import ACTIVATIONS
+from secateur.core.activations import activation
 from secateur.core.feedforward import Affine, FeedForward
 from secateur.core.pattern import Stacked
 from secateur.core.solver import Pruned
@@ -31,7 +31,7 @@ def ffn_view(work: Work) -> FeedForward:
         affine(form.up),
         Affine(work.adapter.read(down), work.adapter.bias(down)),
         affine(form.gate) if form.gate else None,
-        ACTIVATIONS[form.activation],
+        activation(form.activation, form.learned),
     )
 
 

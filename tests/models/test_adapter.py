@@ -147,6 +147,14 @@ def test_a_model_without_a_list_of_blocks_is_refused(tiny):
         DecoderAdapter(model)
 
 
+def test_a_smaller_list_is_no_substitute_for_the_blocks(tiny):
+    model = tiny("llama")
+    model.model.layers[1] = _Other(model.model.layers[1])
+    model.model.norm = _InTurn(nn.Linear(32, 32), nn.Linear(32, 32))
+    with pytest.raises(ModelError, match=r"model\.layers .* it holds LlamaDecoderLayer and _Other"):
+        DecoderAdapter(model)
+
+
 def test_verify_names_the_block_whose_replay_differs(tiny, input_ids):
     adapter = DecoderAdapter(tiny("llama"))
     calls = adapter.calls(*input_ids.shape)
@@ -154,6 +162,15 @@ def test_verify_names_the_block_whose_replay_differs(tiny, input_ids):
     calls[1].kwargs["position_embeddings"] = (cos.flip(1), sin)
     with pytest.raises(ModelError, match=r"replaying block model\.layers\.1 differs"):
         adapter.verify(input_ids)
+
+
+def test_a_block_that_hands_on_more_than_its_hidden_states_is_noticed(tiny, input_ids):
+    model, state = tiny("llama"), {}
+    first, second, _ = model.model.layers
+    first.self_attn.k_proj.register_forward_hook(lambda *call: state.update(keys=call[-1]))
+    second.mlp.register_forward_hook(lambda *call: call[-1] + state["keys"].mean(dim=-1, keepdim=True))
+    with pytest.raises(ModelError, match=r"replaying block model\.layers\.1 differs"):
+        DecoderAdapter(model).verify(input_ids)
 
 
 class _Other(nn.Module):
@@ -165,3 +182,16 @@ class _Other(nn.Module):
 
     def forward(self, *args, **kwargs):
         return self.inner(*args, **kwargs)
+
+
+class _InTurn(nn.Module):
+    """A list of modules that run once each, one after the other."""
+
+    def __init__(self, *members):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, hidden):
+        for member in self.members:
+            hidden = member(hidden)
+        return hidden
