@@ -2,9 +2,9 @@
 
 Calibration Grams are often rank deficient: a LayerNorm output has rank d - 1, a dead neuron gives a zero column, few
 tokens give few directions. A ridge, ``damp`` times mean(diag H), makes them definite and keeps the solution near the
-original weights in directions that the data does not excite. Where a factorisation fails all the same the ridge is
-raised tenfold, up to 1000 times, and the result says so; past that a NumericalError tells what to do. H is never
-replaced by the identity.
+original weights in directions that the data does not excite. Where a factorisation fails all the same it is tried in
+float64, then with the ridge raised tenfold, up to 1000 times, and the result says so; past that a NumericalError tells
+what to do. H is never replaced by the identity.
 
 C = in_features, R = out_features, K = any number of right-hand sides.
 """
@@ -53,18 +53,25 @@ def channel_norms(H: Float[Tensor, "C C"]) -> Float[Tensor, " C"]:
 def cholesky(H: Float[Tensor, "C C"], damp: float) -> Factor:
     """Lower Cholesky factor of H + damp * mean(diag H) * I, climbing the ladder where that is not definite."""
     scale = mean_diagonal(H)
-    eye = torch.eye(H.shape[0], device=H.device, dtype=H.dtype)
     for rung in LADDER:
         ridge = max(damp, 1e-6) * rung * scale if rung > 1 else damp * scale
-        L, info = torch.linalg.cholesky_ex(H + ridge * eye)
-        if int(info) == 0 and bool(torch.isfinite(L).all()):
-            note = f"damping raised {rung:g}-fold to {ridge / scale:.3g} x mean(diag H)" if rung > 1 else ""
-            return Factor(L, ridge, note)
+        raised = [f"damping raised {rung:g}-fold to {ridge / scale:.3g} x mean(diag H)"] if rung > 1 else []
+        for dtype, said in ((H.dtype, []), (torch.float64, ["factored in float64"])):
+            L = _factor(H.to(dtype), ridge)
+            if L is not None:
+                return Factor(L.to(H.dtype), ridge, ", ".join(raised + said))
     size = H.shape[0]
     raise NumericalError(
         f"a {size}x{size} Gram matrix is not positive definite even with damping raised {LADDER[-1]:g}-fold "
         f"from {damp:g} x mean(diag H); use more calibration samples, or a larger damp"
     )
+
+
+def _factor(H: Float[Tensor, "C C"], ridge: float) -> Float[Tensor, "C C"] | None:
+    """Lower Cholesky factor of H + ridge I; None where that is not definite in H's precision."""
+    shifted = H + ridge * torch.eye(H.shape[0], device=H.device, dtype=H.dtype)
+    L, info = torch.linalg.cholesky_ex(shifted)
+    return L if int(info) == 0 and bool(torch.isfinite(L).all()) else None
 
 
 def inverse_cholesky(H: Float[Tensor, "C C"], damp: float) -> tuple[Float[Tensor, "C C"], str]:

@@ -43,6 +43,8 @@ LOCAL_SUFFIXES = {".gguf", ".safetensors", ".bin", ".pt", ".pth", ".json"}
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth"}
 VOLATILE = ("_name_or_path", "transformers_version", "quantization_config", "use_cache", "architectures")
 """Keys of a config that say where a model came from and not what it is."""
+PIECE = 1 << 20
+"""Elements that are checked at one time."""
 SAMPLES = 1024
 """Elements of each tensor that go into a fingerprint."""
 
@@ -87,14 +89,29 @@ def load(
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """16 hex digits of the config and of a sample of every tensor: the same for the same model wherever it lies."""
+    """16 hex digits of the config and of a sample of every tensor: the same for the same model wherever it lies.
+
+    ModelError where a tensor holds values that are not finite, since every tensor is at hand here.
+    """
     config = {key: value for key, value in model.config.to_dict().items() if key not in VOLATILE}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in weights(model):
+        _refuse_non_finite(name, tensor)
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         sample = tensor.detach().flatten()[:: max(1, tensor.numel() // SAMPLES)]
         digest.update(sample.contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _refuse_non_finite(name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_floating_point():
+        return
+    bad = sum(piece.numel() - int(piece.isfinite().sum()) for piece in tensor.detach().flatten().split(PIECE))
+    if bad:
+        raise ModelError(
+            f"{name} holds {bad} of {tensor.numel()} values that are not finite; load the model in a wider dtype, or "
+            "copy or download it again"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- sources

@@ -23,6 +23,19 @@ def test_ladder_raises_the_ridge_and_says_so():
     torch.testing.assert_close(factor.L @ factor.L.T, H + factor.ridge * torch.eye(3))
 
 
+def test_float64_is_tried_before_more_damping():
+    generator = torch.Generator().manual_seed(5)
+    Q, _ = torch.linalg.qr(torch.randn(64, 64, generator=generator, dtype=torch.float64))
+    H = ((Q * torch.logspace(0, -9, 64, dtype=torch.float64)) @ Q.T).float()  # definite, beyond float32's reach
+    H = (H + H.T) / 2
+    assert int(torch.linalg.cholesky_ex(H).info) > 0
+    factor = cholesky(H, 0.0)
+    assert factor.note == "factored in float64"
+    assert factor.ridge == 0
+    assert factor.L.dtype == torch.float32
+    torch.testing.assert_close(factor.L @ factor.L.T, H)
+
+
 def test_ladder_ends_in_advice():
     with pytest.raises(NumericalError, match="more calibration samples"):
         cholesky(torch.diag(torch.tensor([100.0, -99.0])), 0.01)

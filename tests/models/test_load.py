@@ -154,3 +154,11 @@ def refused(source, message):
     with pytest.raises(ModelError, match=message) as caught:
         load(str(source))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_named(value, tiny_llama, byte_tokenizer, tmp_path):
+    tiny_llama.model.layers[1].mlp.up_proj.weight[3, :2] = value
+    tiny_llama.save_pretrained(tmp_path / "broken")
+    byte_tokenizer.save_pretrained(tmp_path / "broken")
+    refused(tmp_path / "broken", "model.layers.1.mlp.up_proj.weight holds 2 of 2048 values that are not finite")
