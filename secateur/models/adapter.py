@@ -206,17 +206,8 @@ def _find_blocks(model: PreTrainedModel, input_ids: Int[Tensor, "B S"]) -> tuple
     The largest or none: a smaller list would leave most of the model unpruned without a word.
     """
     lists = {name: list(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    called: list[nn.Module] = []
-    items: dict[nn.Module, int] = {}
-
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        called.append(module)
-        items[module] = len(output) if isinstance(output, tuple | list) else 0
-
     members = list(dict.fromkeys(member for blocks in lists.values() for member in blocks))
-    with torch.no_grad(), _forward_hooks(members, note):
-        model(input_ids=input_ids.to(_embedding(model).weight.device), use_cache=False)
-
+    called, items = _called(model, members, input_ids)
     used = [name for name, blocks in lists.items() if _only(blocks, called)]
     if not used:
         raise ModelError(
@@ -232,6 +223,22 @@ def _find_blocks(model: PreTrainedModel, input_ids: Int[Tensor, "B S"]) -> tuple
             "secateur prunes decoders built of equal blocks"
         )
     return name, blocks, items[blocks[0]]
+
+
+def _called(
+    model: PreTrainedModel, modules: list[nn.Module], input_ids: Int[Tensor, "B S"]
+) -> tuple[list[nn.Module], dict[nn.Module, int]]:
+    """Those modules that a forward pass calls, in order, and how many items each answers with (0: a bare tensor)."""
+    called: list[nn.Module] = []
+    items: dict[nn.Module, int] = {}
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        called.append(module)
+        items[module] = len(output) if isinstance(output, tuple | list) else 0
+
+    with torch.no_grad(), _forward_hooks(modules, note):
+        model(input_ids=input_ids.to(_embedding(model).weight.device), use_cache=False)
+    return called, items
 
 
 def _refuse_mixers(name: str, blocks: list[nn.Module]) -> None:
