@@ -32,7 +32,7 @@ from transformers import (
 
 from secateur.errors import ModelError
 from secateur.models.gguf_once import parsed_once
-from secateur.models.offload import disk_map, exceeds_memory, weights
+from secateur.models.offload import disk_map, exceeds_memory, return_freed_memory, weights
 from secateur.models.quiet import quiet
 from secateur.models.save import forget_gguf
 
@@ -182,6 +182,7 @@ def _model(place: Place, source: str, dtype: str | torch.dtype, offload: str) ->
             raise ModelError(f"{source} is already quantized; prune the original 16 or 32 bit model, then quantize it")
         more = {"config": config}
         if offload == "on" or (offload == "auto" and Path(place.name).is_dir() and exceeds_memory(Path(place.name))):
+            return_freed_memory()
             more |= {"device_map": disk_map(config), "offload_folder": _scratch()}
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         place.name,
