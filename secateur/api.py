@@ -27,7 +27,8 @@ from secateur.evaluation.perplexity import PerplexityResult, evaluate_text
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.load import Loaded, fingerprint, load
 from secateur.models.save import save, staged
-from secateur.pruning.oneshot import BlockRecord, RunOptions, prune_blocks, uniform_plan
+from secateur.pruning.oneshot import BlockRecord, RunOptions, prune_blocks
+from secateur.pruning.selection import Selection, select
 from secateur.report.artefact import promises_of, write_artefact, write_report
 from secateur.report.comparison import Comparison, compare
 from secateur.report.facts import Stopwatch, peak_memory, versions
@@ -78,7 +79,8 @@ def prune(
         loaded = _open(model, tokenizer, config.dtype, watch)
         windows = _windows(loaded, texts, config)
         adapter = DecoderAdapter(loaded.model)
-        plan = _plan(adapter, config)
+        selection = _select(adapter, config)
+        plan = selection.plan
         with watch.stage("verify", "compare a replay of the blocks with the model"):
             adapter.verify(windows[:1, :PROBE_TOKENS])
         precision = resolve_precision(config.precision, device)
@@ -88,6 +90,7 @@ def prune(
         report = _report(loaded, settled, plan, records, texts, len(adapter.blocks))
         if folder is not None:
             _save(folder, loaded, settled, plan, records, watch)
+        report["skipped"] = [row.to_dict() for row in selection.skipped]
         report |= {"out": None if out is None else str(out), "seconds": {**watch.seconds, "total": watch.total}}
         report["peak_memory_bytes"] = peak_memory()
         if folder is not None:
@@ -135,9 +138,10 @@ def _windows(loaded: Loaded, texts: Texts, config: PruneConfig) -> torch.Tensor:
     return sample_windows(tokens, config.samples, config.seq_len, torch.Generator().manual_seed(config.seed))
 
 
-def _plan(adapter: DecoderAdapter, config: PruneConfig) -> Plan:
+def _select(adapter: DecoderAdapter, config: PruneConfig) -> Selection:
+    blocks = config.block_range(len(adapter.blocks))
     try:
-        return uniform_plan(adapter, config.target, config.block_range(len(adapter.blocks)))
+        return select(adapter, config.target, blocks, config.include, config.ignore)
     except ValueError as error:  # a width that the pattern does not divide
         raise UsageError(str(error)) from error
 
@@ -188,7 +192,7 @@ def _report(
         "sparsity": {"requested": plan.sparsity, "achieved": zeros / plan.size},
         "linears": len(linears),
         "weights": plan.size,
-        "blocks": {"pruned": len(config.block_range(blocks)), "total": blocks},
+        "blocks": {"pruned": sum(bool(record.linears) for record in records), "total": blocks},
         "output_error": {"mean": sum(errors) / len(errors), "last": errors[-1]} if errors else None,
         "data": {**texts.provenance, "name": texts.name, "samples": config.samples, "seq_len": config.seq_len},
         "seed": config.seed,
