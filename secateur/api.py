@@ -79,7 +79,7 @@ def prune(
         loaded = _open(model, tokenizer, config.dtype, watch)
         windows = _windows(loaded, texts, config)
         adapter = DecoderAdapter(loaded.model)
-        selection = _select(adapter, config)
+        selection = select_linears(adapter, config)
         plan = selection.plan
         with watch.stage("verify", "compare a replay of the blocks with the model"):
             adapter.verify(windows[:1, :PROBE_TOKENS])
@@ -138,7 +138,8 @@ def _windows(loaded: Loaded, texts: Texts, config: PruneConfig) -> torch.Tensor:
     return sample_windows(tokens, config.samples, config.seq_len, torch.Generator().manual_seed(config.seed))
 
 
-def _select(adapter: DecoderAdapter, config: PruneConfig) -> Selection:
+def select_linears(adapter: DecoderAdapter, config: PruneConfig) -> Selection:
+    """What the config plans of this model; UsageError where it does not fit."""
     blocks = config.block_range(len(adapter.blocks))
     try:
         return select(adapter, config.target, blocks, config.include, config.ignore)
