@@ -172,9 +172,9 @@ def casts(groups: tuple[Shared, ...], tokens: float, run: Run) -> Cost:
     return Cost(streamed=6 * (weights + tokens * sum(group.columns for group in groups)))
 
 
-def attention_part(shape: BlockShape, tokens: float, run: Run) -> Cost:
-    """Norm, q, k, v, rotary embedding, attention, output projection, residual."""
-    groups = (*shape.attention, *((shape.out,) if shape.out else ()))
+def attention_part(shape: BlockShape, tokens: float, run: Run, out: bool = True) -> Cost:
+    """Norm, q, k, v, rotary embedding, attention, and unless the pass ends before it, output projection, residual."""
+    groups = (*shape.attention, *((shape.out,) if shape.out and out else ()))
     rotated = sum(group.rows for group in shape.attention)
     more = elementwise(shape.hidden, 10, tokens) + elementwise(rotated, 10, tokens) + casts(groups, tokens, run)
     return linears_forward(groups, tokens) + attention_forward(shape, tokens, run.seq_len) + more
@@ -228,12 +228,13 @@ def measured_error(solver: Solver, R: int, C: int) -> Cost:
     return Cost(exact=4 * R * C**2) if solver.needs == "gram" else Cost(streamed=6 * FLOAT32 * R * C)
 
 
-def solve(solver: Solver, group: Shared) -> Cost:
-    """The planned rows of one stacked matrix: solved, written back, measured."""
+def solve(solver: Solver, group: Shared, times: int = 1) -> Cost:
+    """The planned rows of one stacked matrix: solved, so many times over, then written back and measured once."""
     R, C = group.planned, group.columns
     if not R:
         return Cost()
-    return SOLVES[type(solver)](solver, R, C) + measured_error(solver, R, C) + elementwise(C, 6, R)
+    once = SOLVES[type(solver)](solver, R, C)
+    return once.times(times) + measured_error(solver, R, C) + elementwise(C, 6, R)
 
 
 def fit(R: int, C: int) -> Cost:

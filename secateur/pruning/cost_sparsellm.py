@@ -47,7 +47,7 @@ def closed_attention(shape: BlockShape, run: Run) -> tuple[Cost, Cost]:
     again = attention_part(shape, run.tokens, run) + elementwise(shape.hidden, 4, run.tokens)
     out = shape.out
     if out is not None and out.planned:
-        again += attention_part(shape, run.tokens, run) + gram(out.columns, run.tokens)
+        again += attention_part(shape, run.tokens, run, out=False) + gram(out.columns, run.tokens)
         again += (
             cross(out.rows, out.columns, run.tokens)
             + product(out.rows, out.columns, run.tokens)
@@ -98,7 +98,7 @@ def closed_ffn(shape: BlockShape, options: SparseLLM, run: Run) -> tuple[Cost, C
     work = once + (pull(first, down, run) + trial.times(2)).times(rounds)
     if options.target == "ffn":
         work += ffn_output(first, down, run.tokens)
-    return work, solve(options.inner, first) + solve(options.inner, down).times(1 + 2 * rounds)
+    return work, solve(options.inner, first) + solve(options.inner, down, 1 + 2 * rounds)
 
 
 def closed_stages(shape: BlockShape, options: SparseLLM, run: Run) -> dict[str, Cost]:
@@ -135,7 +135,7 @@ def paper_stages(shape: BlockShape, options: SparseLLM, run: Run) -> dict[str, C
         return stages
     start = ffn_output(first, down, run.tokens).times(2) + gram(first.columns, run.tokens)
     start += product(first.rows, first.columns, run.tokens)
-    again = (solve(options.inner, first) + solve(options.inner, down)).times(rounds)
+    again = solve(options.inner, first, rounds) + solve(options.inner, down, rounds)
     ffn = start + paper_round(first, down, options, run).times(rounds)
     return {**stages, "ffn": ffn, "solve": stages["solve"] + again}
 

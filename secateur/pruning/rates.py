@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from secateur.core.linalg import inverse_cholesky
 from secateur.core.moments import Gram
-from secateur.core.pattern import NM, Block, Pattern, keep_mask
+from secateur.core.pattern import NM, Block, Pattern, Unstructured, keep_mask
 from secateur.core.solvers import SparseGPT
 from secateur.pruning.cost import (
     FLOAT32,
@@ -37,9 +37,17 @@ from secateur.pruning.work import products
 BUDGET = 1e10
 """Operations of one probe: 0.1 s at 100 GFLOP/s."""
 LEAST_ROWS, MOST_COLUMNS, MOST_ROWS = 256, 1024, 1024
+WIDEST, LARGEST = 8192, 1 << 25
+"""Columns, and weights, of a probe at most: 128 MB in float32."""
 REPEATS, PATIENCE = 3, 0.25
 """Least repetitions of a probe, and seconds in which more are tried."""
 DISK_BYTES = 64 << 20
+TILES: dict[type[Pattern], Callable[[Any], tuple[int, int]]] = {
+    Unstructured: lambda pattern: (1, 1),
+    NM: lambda pattern: (1, pattern.m),
+    Block: lambda pattern: (pattern.rows, pattern.cols),
+}
+"""What a pattern does not cut apart."""
 HEAD = 64
 """Width of a head where the model does not tell."""
 
@@ -84,7 +92,15 @@ class Probe:
 
     @property
     def widest(self) -> Shared:
-        return max(self.shape.groups, key=lambda group: group.size)
+        """The largest matrix, or as much of it as a probe may hold."""
+        group = max(self.shape.groups, key=lambda group: group.size)
+        columns = min(group.columns, WIDEST)
+        return Shared(min(group.rows, LARGEST // columns), columns, 0)
+
+    @property
+    def deepest(self) -> int:
+        """The widest input."""
+        return min(max(group.columns for group in self.shape.groups), WIDEST)
 
     @property
     def forward_dtype(self) -> torch.dtype:
@@ -97,9 +113,7 @@ class Probe:
 
     def piece(self, columns: int) -> tuple[int, int]:
         """Rows and columns of a piece of the widest matrix that carries the pattern: whole groups, whole tiles."""
-        high = self.pattern.rows if isinstance(self.pattern, Block) else 1
-        wide = self.pattern.cols if isinstance(self.pattern, Block) else 1
-        wide = self.pattern.m if isinstance(self.pattern, NM) else wide
+        high, wide = TILES[type(self.pattern)](self.pattern)
         rows = min(self.widest.rows, MOST_ROWS)
         return max(rows // high, 1) * high, max(columns // wide, 1) * wide
 
@@ -170,7 +184,7 @@ def linear_rate(probe: Probe, timed: Timer) -> float:
 
 def moment_rate(probe: Probe, timed: Timer) -> float:
     """The Gram matrix of the widest input."""
-    C = max(group.columns for group in probe.shape.groups)
+    C = probe.deepest
     rows = probe.rows(2 * C**2)
     X, total = probe.random(rows, C), Gram.zeros(C, torch.device(probe.device))
     with products(probe.precision):
@@ -206,7 +220,7 @@ def attention_rate(probe: Probe, timed: Timer) -> float:
 
 def factor_rate(probe: Probe, timed: Timer) -> float:
     """Cholesky and triangular inverse, as SparseGPT takes them."""
-    C = min(max(group.columns for group in probe.shape.groups), MOST_COLUMNS)
+    C = min(probe.deepest, MOST_COLUMNS)
     X = probe.random(2 * C, C)
     H = X.T @ X / len(X)
     done = sparsegpt(SparseGPT(), 0, C).factor
@@ -230,7 +244,7 @@ def selection_rate(probe: Probe, timed: Timer) -> float:
 
 def stream_rate(probe: Probe, timed: Timer) -> float:
     """Bytes a second of an activation, a product and a sum over one chunk of the FFN's inner variables."""
-    width = max(group.columns for group in probe.shape.groups)
+    width = probe.deepest
     x = probe.random(min(probe.run.chunk, 2048), width)
     passes = 2 + 3 + 3
     return passes * FLOAT32 * x.numel() / timed(lambda: (F.silu(x) * x) + x)
