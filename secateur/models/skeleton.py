@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -30,6 +29,8 @@ from secateur.models.load import DTYPES, Place, in_one_line, locate, read_config
 from secateur.models.quiet import quiet
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+LONGEST_HEADER = 100_000_000
+"""Bytes; safetensors allows no more."""
 STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Types of safetensors in which weights may be stored."""
 
@@ -91,13 +92,22 @@ def shards(directory: Path) -> list[Path]:
 
 
 def _headers(files: list[Path]) -> Headers:
-    found: Headers = {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (no mapping)
-                part = file.get_slice(name)
-                found[name] = (tuple(part.get_shape()), part.get_dtype())
-    return found
+    return {name: entry for path in files for name, entry in _header(path).items()}
+
+
+def _header(path: Path) -> Headers:
+    """Eight bytes of length, then JSON. Read by hand: the library maps the whole file, which a full machine refuses."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size - 8, LONGEST_HEADER):
+            raise ModelError(f"{path} is no safetensors file, its header would have {length} bytes; copy it again")
+        entries = json.loads(file.read(length))
+    entries.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if 8 + length + end != size:
+        raise ModelError(f"{path} has {size} bytes and {8 + length + end} by its header; copy or download it again")
+    return {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in entries.items()}
 
 
 def _dtype(asked: str, of_config: Any, headers: Headers) -> torch.dtype:
