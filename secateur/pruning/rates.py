@@ -1,7 +1,7 @@
 """How fast this machine does each kind of work that ``cost.py`` counts, measured in a few seconds.
 
 Every probe is a piece of the real work at the model's own widths, repeated for a moment. On a processor its seconds are
-the CPU time of the calling thread, which works as long as any other: what a clock on the wall would say if the machine
+CPU time, of the calling thread or of the average one if that is more: what a clock on the wall would say if the machine
 did nothing else. How much longer the clock really took is kept as ``slowdown``. Threads are those that torch is set to,
 as in the run to come.
 """
@@ -147,7 +147,6 @@ class Timer:
 
     def __init__(self, device: str) -> None:
         self._cuda = device == "cuda"
-        self._clock = time.perf_counter if self._cuda else time.thread_time
         self.own = self.wall = 0.0
 
     @property
@@ -165,11 +164,13 @@ class Timer:
     def _once(self, work: Callable[[], object]) -> float:
         if self._cuda:
             torch.cuda.synchronize()
-        own, wall = self._clock(), time.perf_counter()
+        own, shared, wall = time.thread_time(), time.process_time(), time.perf_counter()
         work()
         if self._cuda:
             torch.cuda.synchronize()
-        own, wall = self._clock() - own, time.perf_counter() - wall
+        wall = time.perf_counter() - wall
+        shared = (time.process_time() - shared) / torch.get_num_threads()
+        own = wall if self._cuda else min(wall, max(time.thread_time() - own, shared))
         self.own, self.wall = self.own + own, self.wall + wall
         return own
 
