@@ -14,12 +14,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from secateur.api import evaluate, prune
     from secateur.config import PruneConfig
+    from secateur.planning import PlanReport, plan
 
     __version__: str
 
-__all__ = ["PruneConfig", "__version__", "evaluate", "prune"]
+__all__ = ["PlanReport", "PruneConfig", "__version__", "evaluate", "plan", "prune"]
 
-_HOMES = {"PruneConfig": "secateur.config", "evaluate": "secateur.api", "prune": "secateur.api"}
+_HOMES = {
+    "PruneConfig": "secateur.config",
+    "PlanReport": "secateur.planning",
+    "evaluate": "secateur.api",
+    "plan": "secateur.planning",
+    "prune": "secateur.api",
+}
 
 
 def __getattr__(name: str) -> Any:

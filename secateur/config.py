@@ -35,6 +35,8 @@ Precision = Literal["auto", "float32", "bfloat16"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 _BLOCKS = re.compile(r"(\d+):(\d+)")
+EXPRESSIONS = ("include", "ignore")
+"""Fields that hold regular expressions; in a recipe, a list of them or a single one."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,10 @@ class PruneConfig:
     """Chooses the windows. The same recipe gives the same bytes."""
     blocks: str = "all"
     """Which decoder blocks: all, first-half, or A:B (from A up to but without B, counted from 0)."""
+    include: tuple[str, ...] = ()
+    """Regular expressions, searched in the full names of the blocks' linears: prune what one matches; none = all."""
+    ignore: tuple[str, ...] = ()
+    """The same, of linears to leave as they are; wins over include."""
     device: Device = "auto"
     """Where one block at a time is worked on; auto takes cuda where there is one."""
     dtype: Dtype = "auto"
@@ -79,6 +85,8 @@ class PruneConfig:
                 raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
         if self.blocks not in ("all", "first-half") and not _BLOCKS.fullmatch(self.blocks):
             raise ValueError(f"blocks must be 'all', 'first-half' or 'A:B' like 0:15, got {self.blocks!r}")
+        for name in EXPRESSIONS:
+            _check_expressions(name, getattr(self, name))
 
     @property
     def target(self) -> Pattern:
@@ -96,7 +104,20 @@ class PruneConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The form of a recipe file."""
-        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "method": method_to_dict(self.method)}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        lists = {name: list(values[name]) for name in EXPRESSIONS}
+        return {**values, **lists, "method": method_to_dict(self.method)}
+
+
+def _check_expressions(name: str, expressions: tuple[str, ...]) -> None:
+    """ValueError for what is no tuple of regular expressions."""
+    if isinstance(expressions, str):
+        raise ValueError(f"{name} wants a tuple of regular expressions, got the string {expressions!r}; add a comma")
+    for expression in expressions:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise ValueError(f"{name} {expression!r} is no regular expression: {error}; escape it or fix it") from None
 
 
 def method_to_dict(method: Method) -> dict[str, Any]:
@@ -124,6 +145,7 @@ def config_from_dict(data: Mapping[str, Any]) -> PruneConfig:
     values = dict(data)
     if "method" in values:
         values["method"] = method_from_dict(values["method"])
+    values |= {name: [values[name]] for name in EXPRESSIONS if isinstance(values.get(name), str)}
     return _build(PruneConfig, values, "")
 
 

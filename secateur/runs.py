@@ -23,7 +23,8 @@ from secateur.models.load import Loaded, fingerprint, load
 from secateur.models.offload import is_offloaded
 from secateur.models.save import clear_leftovers, save, staged
 from secateur.pruning.hidden import Budget
-from secateur.pruning.oneshot import BlockRecord, RunOptions, prune_blocks, uniform_plan
+from secateur.pruning.oneshot import BlockRecord, RunOptions, prune_blocks
+from secateur.pruning.selection import Selection, select
 from secateur.pruning.workdir import Workdir, opened
 from secateur.report.artefact import promises_of, write_artefact, write_report
 from secateur.report.facts import Stopwatch, peak_memory, versions
@@ -63,7 +64,7 @@ class Run:
     windows: torch.Tensor
     config: PruneConfig
     """With nothing left to circumstances."""
-    plan: Plan
+    selection: Selection
     watch: Stopwatch
 
     @classmethod
@@ -76,9 +77,13 @@ class Run:
         loaded = open_model(model, tokenizer, config.dtype, watch, config.offload)
         windows = _windows(loaded, texts, config)
         adapter = DecoderAdapter(loaded.model)
-        plan = _plan(adapter, config)
+        selection = select_linears(adapter, config)
         settled = _settled(config, loaded, device, len(adapter.blocks))
-        return cls(loaded, adapter, texts, windows, settled, plan, watch)
+        return cls(loaded, adapter, texts, windows, settled, selection, watch)
+
+    @property
+    def plan(self) -> Plan:
+        return self.selection.plan
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -156,6 +161,7 @@ class Run:
         """All that ``report.json`` holds; seconds and memory are those of this process."""
         blocks = len(self.adapter.blocks)
         report = _report(self.loaded, self.config, self.plan, records, self.texts, blocks)
+        report["skipped"] = [row.to_dict() for row in self.selection.skipped]
         seconds = {**self.watch.seconds, "total": self.watch.total}
         return report | {"out": None, "seconds": seconds, "peak_memory_bytes": peak_memory()}
 
@@ -189,9 +195,11 @@ def _windows(loaded: Loaded, texts: Texts, config: PruneConfig) -> torch.Tensor:
     return sample_windows(tokens, config.samples, config.seq_len, torch.Generator().manual_seed(config.seed))
 
 
-def _plan(adapter: DecoderAdapter, config: PruneConfig) -> Plan:
+def select_linears(adapter: DecoderAdapter, config: PruneConfig) -> Selection:
+    """What the config plans of this model; UsageError where it does not fit."""
+    blocks = config.block_range(len(adapter.blocks))
     try:
-        return uniform_plan(adapter, config.target, config.block_range(len(adapter.blocks)))
+        return select(adapter, config.target, blocks, config.include, config.ignore)
     except ValueError as error:  # a width that the pattern does not divide
         raise UsageError(str(error)) from error
 
@@ -224,7 +232,7 @@ def _report(
         "sparsity": {"requested": plan.sparsity, "achieved": zeros / plan.size},
         "linears": len(linears),
         "weights": plan.size,
-        "blocks": {"pruned": len(config.block_range(blocks)), "total": blocks},
+        "blocks": {"pruned": sum(bool(record.linears) for record in records), "total": blocks},
         "output_error": {"mean": sum(errors) / len(errors), "last": errors[-1]} if errors else None,
         "data": {**texts.provenance, "name": texts.name, "samples": config.samples, "seq_len": config.seq_len},
         "seed": config.seed,

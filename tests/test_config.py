@@ -23,6 +23,7 @@ CONFIGS = [
     PruneConfig(pattern="2:4", data="embedded", blocks="0:15"),
     PruneConfig(method=SparseGPT(damp=1e-5, column_block=64), sparsity=0.7, seed=3),
     PruneConfig(method=SparseLLM(inner=ADMM(iterations=40), mode="paper"), sparsity=0.6, dtype="bfloat16"),
+    PruneConfig(sparsity=0.5, include=("q_proj", r"layers\.1\d\."), ignore=("down",)),
     *(PruneConfig(method=cls(), pattern="block:16x16", sparsity=0.25) for cls in METHODS.values()),
 ]
 
@@ -85,6 +86,9 @@ def test_set_changes_one_leaf(recipe, sets, method):
         ({"samples": 0}, ["samples must be at least 1"]),
         ({"seq_len": 1}, ["seq_len must be at least 2"]),
         ({"blocks": "half"}, ["'first-half'", "got 'half'"]),
+        ({"include": ["(q_proj"]}, ["include '(q_proj'", "no regular expression", "unterminated"]),
+        ({"ignore": "["}, ["ignore '['", "no regular expression"]),
+        ({"ignore": [7]}, ["ignore:", "got 7"]),
     ],
     ids=str,
 )
@@ -140,6 +144,13 @@ def test_block_range(blocks, total, expected):
 def test_blocks_that_the_model_does_not_have(blocks):
     with pytest.raises(UsageError, match="at most 0:5"):
         PruneConfig(sparsity=0.5, blocks=blocks).block_range(5)
+
+
+def test_one_expression_or_a_list_of_them():
+    assert config_from_dict({"sparsity": 0.5, **apply_sets({}, ["ignore=q_proj"])}).ignore == ("q_proj",)
+    assert config_from_dict({"sparsity": 0.5, "include": ["q", "k"]}).include == ("q", "k")
+    with pytest.raises(ValueError, match="include wants a tuple"):
+        PruneConfig(sparsity=0.5, include="q_proj")  # pyright: ignore[reportArgumentType]
 
 
 def test_target_is_a_pattern():

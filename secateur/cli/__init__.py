@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import click
 
-from secateur.cli import demo, eval, inspect, methods, prune
+from secateur.cli import demo, eval, inspect, methods, plan, prune
 from secateur.cli.options import debug_option
 from secateur.errors import SecateurError
 
@@ -30,7 +30,7 @@ def cli() -> None:
     """
 
 
-for verb in (prune, eval, inspect, methods, demo):
+for verb in (prune, plan, eval, inspect, methods, demo):
     cli.add_command(verb.command)
 
 

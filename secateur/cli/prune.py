@@ -5,27 +5,17 @@ from typing import Any
 
 import click
 
-from secateur.cli.options import DATA_HELP, debug_option, device_option, dtype_option, emit, json_option
+from secateur.cli.options import debug_option, emit, json_option
+from secateur.cli.recipe_options import recipe_options
 from secateur.errors import UsageError
 
 
 @click.command("prune")
 @click.argument("model", required=False)
-@click.option("--method", help="What decides which weights go, see `secateur methods`.  [default: sparsellm]")
-@click.option("--sparsity", type=float, help="Share of zeros, 0.7 for 70 %. Not needed with an N:M pattern.")
-@click.option("--pattern", help="unstructured, row, N:M (N KEPT of every M) or block:RxC.  [default: unstructured]")
-@click.option("--data", help=f"Calibration text: {DATA_HELP}  [default: c4]")
-@click.option("--samples", type=int, help="Calibration windows.  [default: 128]")
-@click.option("--seq-len", type=int, help="Tokens in each window.  [default: 2048]")
-@click.option("--seed", type=int, help="Chooses the windows.  [default: 0]")
-@click.option("--blocks", help="all, first-half, or A:B (B not included).  [default: all]")
-@device_option
-@dtype_option
+@recipe_options
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to write; not one of yours.")
 @click.option("--offload", type=click.Choice(["auto", "on", "off"]), help="Leave blocks on disk.  [default: auto]")
 @click.option("--resume", is_flag=True, help="Go on with a run to the same OUT that was stopped.")
-@click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with any of these; flags win over it.")
-@click.option("--set", "sets", multiple=True, metavar="A.B=C", help="Change any recipe key: --set method.inner=admm")
 @json_option
 @debug_option
 def command(
@@ -54,7 +44,7 @@ def merged(model: str | None, recipe: Path | None, flags: dict[str, Any], sets: 
     from secateur.config import apply_sets, load_recipe
 
     values = load_recipe(recipe) if recipe else {}
-    given = {key: value for key, value in {"model": model, **flags}.items() if value is not None}
+    given = {key: value for key, value in {"model": model, **flags}.items() if value not in (None, ())}
     values = apply_sets({**values, **given}, sets)
     if "model" not in values:
         raise UsageError("no MODEL; give a hub id, a directory, a .gguf file or `demo`, or a recipe that holds one")

@@ -26,6 +26,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -76,11 +77,11 @@ def load(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
-    place = _locate(source, revision)
+    place = locate(source, revision)
     with quiet(), parsed_once():
-        with _in_one_line(source, place.advice):
+        with in_one_line(source, place.advice):
             model = _model(place, source, DTYPES[dtype], offload)
-        with _in_one_line(f"the tokenizer of {source}", place.advice):
+        with in_one_line(f"the tokenizer of {source}", place.advice):
             tokenizer = AutoTokenizer.from_pretrained(place.name, trust_remote_code=False, **place.options)
     forget_gguf(model)
     model.requires_grad_(False).eval()
@@ -117,7 +118,8 @@ def _refuse_non_finite(name: str, tensor: torch.Tensor) -> None:
 # ------------------------------------------------------------------------------------------------------------- sources
 
 
-def _locate(source: str, revision: str | None) -> Place:
+def locate(source: str, revision: str | None = None) -> Place:
+    """Where the checkpoint that ``source`` names lies; ModelError where nothing usable does."""
     path = demo_file() if source == "demo" else Path(source).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         _refuse_not_gguf(path)
@@ -177,9 +179,7 @@ def _model(place: Place, source: str, dtype: str | torch.dtype, offload: str) ->
     if "gguf_file" in place.options:
         more = {"quantization_config": GgufConfig(gguf_file=place.options["gguf_file"], dequantize=True)}
     else:
-        config = AutoConfig.from_pretrained(place.name, trust_remote_code=False, **place.options)
-        if getattr(config, "quantization_config", None) is not None:
-            raise ModelError(f"{source} is already quantized; prune the original 16 or 32 bit model, then quantize it")
+        config = read_config(place, source)
         more = {"config": config}
         if offload == "on" or (offload == "auto" and Path(place.name).is_dir() and exceeds_memory(Path(place.name))):
             return_freed_memory()
@@ -211,8 +211,16 @@ def _scratch() -> str:
     return folder
 
 
+def read_config(place: Place, source: str) -> PretrainedConfig:
+    """The checkpoint's config; ModelError where it describes codes and scales. A GGUF file is dequantized anyway."""
+    config = AutoConfig.from_pretrained(place.name, trust_remote_code=False, **place.options)
+    if "gguf_file" not in place.options and getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"{source} is already quantized; prune the original 16 or 32 bit model, then quantize it")
+    return config
+
+
 @contextmanager
-def _in_one_line(source: str, advice: str) -> Iterator[None]:
+def in_one_line(source: str, advice: str) -> Iterator[None]:
     """Whatever transformers, gguf or safetensors raise about a file they cannot read becomes one line and an advice."""
     try:
         yield

@@ -76,7 +76,10 @@ class Work:
         wanted = {half.linear for half in (form.gate, form.up) if half} | {form.down}
         if missing := wanted - self.targets.keys():
             lacking = ", ".join(sorted(missing))
-            raise ModelError(f"{name}: SparseLLM prunes an FFN as a whole, but the plan lacks {lacking}")
+            raise ModelError(
+                f"{name}: SparseLLM prunes an FFN as a whole, but the plan lacks {lacking}; let include and ignore "
+                "keep all of it, or choose a layer solver such as admm"
+            )
         return form
 
     @property

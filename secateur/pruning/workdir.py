@@ -132,6 +132,7 @@ def opened(out: Path, run: Mapping[str, Any], *, resume: bool) -> Iterator[Workd
     `run` is what decides the bytes. UsageError where an unfinished run is there and `resume` was not asked for, where
     it is a run of something else (the keys that differ are named), or where another process is at work on it.
     """
+    run = json.loads(json.dumps(run))  # as it will be read back: tuples become lists
     work = Workdir(out.with_name(out.name + SUFFIX))
     work.path.mkdir(parents=True, exist_ok=True)
     with _locked(work.path):

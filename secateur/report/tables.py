@@ -70,6 +70,7 @@ def prune_summary(report: dict[str, Any]) -> list[RenderableType]:
         "text": f"{text_name(data['name'])}, {data['samples']} x {data['seq_len']} tokens, seed {report['seed']}",
         "output error": _output_error(report["output_error"]),
         "dropped rows": str(report["dropped_rows"]),
+        "skipped": skipped_lines(report["skipped"]),
         "time": _time(report["seconds"]),
         "peak memory": size(report["peak_memory_bytes"]),
     }
@@ -79,6 +80,11 @@ def prune_summary(report: dict[str, Any]) -> list[RenderableType]:
         *_warnings(report["warnings"]),
         *_after_pruning(report),
     ]
+
+
+def skipped_lines(skipped: Sequence[dict[str, Any]]) -> str:
+    """How many linears stay as they are, a line for each reason."""
+    return "\n".join(f"{row['count']}: {row['why']}" for row in skipped) or "none"
 
 
 def _sparsity(report: dict[str, Any]) -> str:

@@ -102,6 +102,21 @@ def test_only_the_chosen_blocks(run, model_dir, text_file, tmp_path):
     assert all(name.startswith("model.layers.0.") for name in promised)
 
 
+def test_include_and_ignore_are_told_and_kept(run, model_dir, text_file, tmp_path):
+    flags = ["--method", "magnitude", "--sparsity", "0.5", "--data", text_file, *SMALL, "--include", "self_attn"]
+    flags += ["--include", "mlp", "--ignore", "o_proj", "--ignore", r"layers\.0\.mlp", "--out", tmp_path / "out"]
+    ran = run("prune", model_dir, *flags)
+    assert ran.code == 0, ran.err
+    assert "2: ignore 'o_proj' matches it" in ran.out
+    report = json.loads((tmp_path / "out" / "secateur" / "report.json").read_text())
+    assert report["linears"] == 9
+    assert [(row["count"], len(row["names"])) for row in report["skipped"]] == [(2, 2), (3, 3), (2, 2)]
+    assert report["recipe"]["ignore"] == ["o_proj", r"layers\.0\.mlp"]
+    again = run("prune", "--recipe", tmp_path / "out" / "secateur" / "recipe.yaml", "--out", tmp_path / "again")
+    assert again.code == 0, again.err
+    assert files(tmp_path / "again") == files(tmp_path / "out")
+
+
 def test_an_own_out_is_replaced_and_flags_win_over_the_recipe(pruned, run, tmp_path):
     out = shutil.copytree(pruned[0], tmp_path / "out")
     recipe = tmp_path / "recipe.yaml"

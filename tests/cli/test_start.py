@@ -16,7 +16,9 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], ["prune", "--help"], [], ["prune", "--nonsense"]], ids=str)
+@pytest.mark.parametrize(
+    "args", [["--help"], ["--version"], ["prune", "--help"], ["plan", "--help"], [], ["prune", "--nonsense"]], ids=str
+)
 def test_no_heavy_import_before_work(args):
     start = time.perf_counter()
     done = python(
@@ -37,7 +39,7 @@ def test_version(run):
 
 
 def test_verbs(run):
-    assert list(cli.commands) == ["prune", "eval", "inspect", "methods", "demo"]
+    assert list(cli.commands) == ["prune", "plan", "eval", "inspect", "methods", "demo"]
     assert run().out == run("--help").out
 
 
@@ -50,13 +52,14 @@ def test_every_verb_has_help_and_debug(run):
 
 
 def test_public_names():
-    from secateur import PruneConfig, evaluate, prune
+    from secateur import PruneConfig, evaluate, plan, prune
 
     assert callable(prune)
+    assert callable(plan)
     assert callable(evaluate)
     assert PruneConfig(sparsity=0.5).sparsity == 0.5
 
 
 def test_unknown_attribute_names_what_there_is():
-    with pytest.raises(AttributeError, match="offers PruneConfig"):
+    with pytest.raises(AttributeError, match="offers PlanReport, PruneConfig"):
         secateur.nonsense  # noqa: B018

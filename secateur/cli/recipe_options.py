@@ -1,0 +1,38 @@
+"""The options that become one PruneConfig, shared by the verbs that prune or plan to."""
+
+from collections.abc import Callable
+from functools import reduce
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from secateur.cli.options import DATA_HELP, device_option, dtype_option
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+OPTIONS = (
+    click.option("--method", help="What decides which weights go, see `secateur methods`.  [default: sparsellm]"),
+    click.option("--sparsity", type=float, help="Share of zeros, 0.7 for 70 %. Not needed with an N:M pattern."),
+    click.option("--pattern", help="unstructured, row, N:M (N KEPT of every M) or block:RxC.  [default: unstructured]"),
+    click.option("--data", help=f"Calibration text: {DATA_HELP}  [default: c4]"),
+    click.option("--samples", type=int, help="Calibration windows.  [default: 128]"),
+    click.option("--seq-len", type=int, help="Tokens in each window.  [default: 2048]"),
+    click.option("--seed", type=int, help="Chooses the windows.  [default: 0]"),
+    click.option("--blocks", help="all, first-half, or A:B (B not included).  [default: all]"),
+    click.option(
+        "--include", multiple=True, metavar="REGEX", help="Prune only linears whose name it matches; repeatable."
+    ),
+    click.option("--ignore", multiple=True, metavar="REGEX", help="Leave linears whose name it matches; repeatable."),
+    device_option,
+    dtype_option,
+    click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with any of these; flags win over it."),
+    click.option(
+        "--set", "sets", multiple=True, metavar="A.B=C", help="Change any recipe key: --set method.inner=admm"
+    ),
+)
+
+
+def recipe_options(command: F) -> F:
+    """Put all of them on a command, in this order; whatever was not given arrives as None or ()."""
+    return reduce(lambda decorated, option: option(decorated), reversed(OPTIONS), command)

@@ -1,0 +1,188 @@
+"""A model without its weights: the config builds it of tensors that have a shape and no memory, and the headers of the
+checkpoint's files are held against it.
+
+Nothing of a weight is read, so a checkpoint of any size takes a moment. The tensors are torch's fake ones rather than
+plain meta tensors: forwards of real architectures run on them, so that the adapter finds the blocks and the order of
+the linears as it does with weights. What depends on numbers (which phi, whether a replay equals the forward) is left
+to the run itself.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+from secateur.errors import ModelError, SecateurError
+from secateur.models.adapter import DecoderAdapter
+from secateur.models.gguf_once import parsed_once
+from secateur.models.load import DTYPES, Place, in_one_line, locate, read_config
+from secateur.models.quiet import quiet
+
+INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+LONGEST_HEADER = 100_000_000
+"""Bytes; safetensors allows no more."""
+STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Types of safetensors in which weights may be stored."""
+
+Headers = dict[str, tuple[tuple[int, ...], str]]
+"""Shape and type of every stored tensor."""
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model of shapes, as the run would load it."""
+
+    model: PreTrainedModel
+    source: str
+    dtype: torch.dtype
+    mode: FakeTensorMode
+    file_bytes: int | None
+    """Of the checkpoint's files; None where they are on the hub."""
+    gguf: bool
+
+    @contextmanager
+    def adapter(self) -> Iterator[DecoderAdapter]:
+        """The model as blocks, inside the mode in which it can be run."""
+        with self.mode, _structure_in_one_line(self.source):
+            yield DecoderAdapter(self.model)
+
+
+def skeleton(source: str, dtype: str = "auto") -> Skeleton:
+    """Shapes of the model at ``source``; ModelError where config or headers do not make a model that can be pruned."""
+    place = locate(source)
+    gguf = "gguf_file" in place.options
+    with quiet(), parsed_once(), in_one_line(source, place.advice):
+        config = read_config(place, source)
+        files = [] if not Path(place.name).is_dir() else _gguf_file(place) if gguf else shards(Path(place.name))
+        headers: Headers = {} if gguf else _headers(files)
+        chosen = _dtype(dtype, config.dtype, headers)
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with mode:
+            model = AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=False)
+        found = _gguf_shapes(model, files[0]) if gguf else _renamed(model, headers)
+        if files:
+            _check(model, found, source, place.advice)
+    model.requires_grad_(False).eval()
+    size = sum(file.stat().st_size for file in files) if files else None
+    return Skeleton(model, source, chosen, mode, size, gguf)
+
+
+def shards(directory: Path) -> list[Path]:
+    """The files that transformers would read: those of the index, or the one whole file."""
+    index = directory / INDEX
+    if not index.is_file():
+        return [directory / WHOLE]
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"{directory} lacks {len(missing)} of {len(names)} shards, such as {missing[0]}; copy them too"
+        )
+    return [directory / name for name in names]
+
+
+def _headers(files: list[Path]) -> Headers:
+    return {name: entry for path in files for name, entry in _header(path).items()}
+
+
+def _header(path: Path) -> Headers:
+    """Eight bytes of length, then JSON. Read by hand: the library maps the whole file, which a full machine refuses."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size - 8, LONGEST_HEADER):
+            raise ModelError(f"{path} is no safetensors file, its header would have {length} bytes; copy it again")
+        entries = json.loads(file.read(length))
+    entries.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if 8 + length + end != size:
+        raise ModelError(f"{path} has {size} bytes and {8 + length + end} by its header; copy or download it again")
+    return {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in entries.items()}
+
+
+def _dtype(asked: str, of_config: Any, headers: Headers) -> torch.dtype:
+    """The type that the run would load: asked for, or the config's, or the stored one (GGUF: float32)."""
+    if asked != "auto":
+        chosen = DTYPES[asked]
+        assert isinstance(chosen, torch.dtype)
+        return chosen
+    if isinstance(of_config, torch.dtype):
+        return of_config
+    return next((STORED[kind] for _, kind in headers.values() if kind in STORED), torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------ the check
+
+Found = dict[str, tuple[int, ...] | None]
+"""Shapes of stored tensors by the model's names; None where loading builds the tensor from several."""
+
+
+def _renamed(model: PreTrainedModel, headers: Headers) -> Found:
+    """Stored names as the model's, by the rules with which transformers loads."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    wanted, found = model.state_dict(), {}
+    for stored, (shape, _) in headers.items():
+        name, converted = rename_source_key(stored, renamings, converters, model.base_model_prefix, wanted)
+        if name not in wanted and stored in wanted:
+            name, converted = stored, None
+        found[name] = None if converted else shape
+    return found
+
+
+def _gguf_file(place: Place) -> list[Path]:
+    return [Path(place.name) / place.options["gguf_file"]]
+
+
+def _gguf_shapes(model: PreTrainedModel, path: Path) -> Found:
+    """Stored tensors by the model's names; GGUF lists axes from the fastest one."""
+    from gguf import GGUFReader
+
+    processor = TENSOR_PROCESSORS.get(model.config.model_type, TensorProcessor)(config=model.config.to_dict())
+    names = get_gguf_hf_weights_map(model, processor)
+    tensors = {
+        names[t.name]: tuple(int(n) for n in reversed(t.shape)) for t in GGUFReader(path).tensors if t.name in names
+    }
+    wanted = model.state_dict()
+    return {name: None if sorted(shape) == sorted(wanted[name].shape) else shape for name, shape in tensors.items()}
+
+
+def _check(model: PreTrainedModel, found: Found, source: str, advice: str) -> None:
+    """ModelError for a tensor of the model that is not stored, or in another shape."""
+    wanted = model.state_dict()
+    excused = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_load_missing or ())}
+    missing = sorted(name for name in wanted if name not in found and name not in excused)
+    if missing:
+        raise ModelError(f"{source} lacks {len(missing)} of the model's tensors, such as {missing[0]}; {advice}")
+    for name, shape in found.items():
+        if name in wanted and shape is not None and shape != tuple(wanted[name].shape):
+            shapes = f"{name} is {shape} in the file and {tuple(wanted[name].shape)} by config.json"
+            raise ModelError(f"{source}: weights and config do not fit, {shapes}; {advice}")
+
+
+@contextmanager
+def _structure_in_one_line(source: str) -> Iterator[None]:
+    """A forward that needs numbers does not run on shapes; torch would log a page about it."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except SecateurError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{source} cannot be planned without its weights ({reason}); prune may still do it") from error
+    finally:
+        log.setLevel(level)

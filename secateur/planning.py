@@ -1,0 +1,313 @@
+"""``plan``: what a run would do, take and be good for, before anything is paid.
+
+    report = plan("HuggingFaceTB/SmolLM2-135M-Instruct", PruneConfig(sparsity=0.5))
+    report.seconds["total"], report.memory["host"]["peak"], report.to_dict()
+
+No weight is read: the config and the headers of the files make a model of shapes (``models/skeleton``), the linears are
+selected as ``prune`` selects them, operations come from formulas (``pruning/cost``) and rates from probes of a few
+seconds (``pruning/rates``). What only numbers can tell is left to the run and said in ``notes``.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from secateur.config import PruneConfig
+from secateur.core.sparsellm import SparseLLM
+from secateur.data.sources import KNOWN, parse_hub, read_texts
+from secateur.data.tokens import check_seq_len
+from secateur.errors import ModelError
+from secateur.models.adapter import DecoderAdapter
+from secateur.models.load import Loaded
+from secateur.models.outline import Outline, outline
+from secateur.models.skeleton import skeleton
+from secateur.pruning.cost import BlockShape, Cost, Run, Shared, forward
+from secateur.pruning.cost_sparsellm import block_stages
+from secateur.pruning.footprint import footprint
+from secateur.pruning.rates import Probe, Rates, measure
+from secateur.pruning.selection import Selection, linear_shapes
+from secateur.report.progress import Progress, Silent
+from secateur.report.runtimes import ALTERNATIVES, bits_per_weight, runtimes_for, warnings_for
+from secateur.runs import resolve_device, resolve_precision, select_linears
+
+if TYPE_CHECKING:
+    from secateur.runs import Source
+
+GGUF_PARSE_BYTES = 8e6
+"""Bytes of a GGUF file that are parsed a second: its vocabulary, in pure Python, and the dequantization."""
+NOTES = (
+    "roles of the linears are taken from shapes and order; the FFN's form is verified when pruning begins",
+    "time without reading and tokenizing the text; rounds of closed mode may end early",
+)
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """Everything ``secateur plan`` tells; plain values, the same keys for every model and method."""
+
+    model: dict[str, Any]
+    """source, class, dtype, parameters, bytes."""
+    recipe: dict[str, Any]
+    """The request, as a recipe file would hold it, device and precision settled."""
+    pattern: dict[str, str]
+    linears: list[dict[str, Any]]
+    """One row per role: role, count, shape, pattern, weights, names."""
+    skipped: list[dict[str, Any]]
+    """One row per reason: why, count, names."""
+    sparsity: dict[str, float]
+    """planned: share of zeros in the planned linears; model: in all parameters."""
+    blocks: dict[str, int]
+    stages: list[dict[str, Any]]
+    """One row per stage: name, operations, bytes, seconds."""
+    seconds: dict[str, float]
+    """load, prune, save, total on an idle machine; busy: total with the load that it has now."""
+    rates: dict[str, float]
+    """Measured here and now, see ``pruning.rates.Rates``."""
+    memory: dict[str, dict[str, float]]
+    """Bytes in host, device and disk, by purpose and at their peak."""
+    result: dict[str, Any]
+    """bits_per_weight of the planned linears by storage, and bytes of the whole model."""
+    runtimes: list[dict[str, str]]
+    warnings: list[str]
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model as a plan sees it."""
+
+    adapter: DecoderAdapter
+    source: str
+    dtype: torch.dtype
+    file_bytes: int | None
+    gguf: bool
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.adapter.model.parameters())
+
+    @property
+    def bytes(self) -> int:
+        return self.parameters * self.dtype.itemsize
+
+
+def plan(
+    model: "Source", config: PruneConfig, data: str | None = None, *, progress: Progress | None = None
+) -> PlanReport:
+    """What ``prune`` with the same arguments would do; it ends with the errors of that, as far as shapes tell them."""
+    config, told = replace(config, data=data or config.data), progress or Silent()
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    config = replace(config, device=device, precision=precision)  # type: ignore[arg-type]
+    check_data(config.data)
+    told.stage("read the config and the headers")
+    with subject_of(model, config) as subject:
+        context = getattr(subject.adapter.model.config, "max_position_embeddings", None)
+        check_seq_len(config.seq_len, context)
+        selection = select_linears(subject.adapter, config)
+        shapes = block_shapes(subject.adapter, selection, config)
+    run = Run(config.samples, config.seq_len, config.batch, precision == "bfloat16" and subject.dtype == torch.float32)
+    told.stage("measure this machine for a few seconds")
+    rates = measure(probe_of(subject, config, shapes, run))
+    return report(subject, config, selection, shapes, run, rates)
+
+
+def check_data(data: str) -> None:
+    """Refuse what ``prune`` would refuse without asking a hub; a local text is read, a hub's is not."""
+    if data.startswith("hf:"):
+        parse_hub(data, "calibration")
+    elif data not in KNOWN:
+        read_texts(data, "calibration")
+
+
+@contextmanager
+def subject_of(model: "Source", config: PruneConfig) -> Iterator[Subject]:
+    """The model by its shapes, or as the object it is."""
+    if isinstance(model, str | os.PathLike):
+        bones = skeleton(os.fspath(model), config.dtype)
+        with bones.adapter() as adapter:
+            yield Subject(adapter, bones.source, bones.dtype, bones.file_bytes, bones.gguf)
+        return
+    source = model.source if isinstance(model, Loaded) else model.name_or_path or type(model).__name__
+    held = model.model if isinstance(model, Loaded) else model
+    yield Subject(DecoderAdapter(held), source, held.dtype, None, False)
+
+
+# --------------------------------------------------------------------------------------------------------------- shapes
+
+
+def block_shapes(adapter: DecoderAdapter, selection: Selection, config: PruneConfig) -> list[BlockShape]:
+    """The matrices of every block by role; blocks with the same linears share one look."""
+    known: dict[tuple[Any, ...], Outline] = {}
+    shapes = []
+    for index, name in enumerate(adapter.block_names):
+        linears = {key.removeprefix(f"{name}."): shape for key, shape in linear_shapes(adapter, [index]).items()}
+        likeness = tuple(linears.items())
+        roles = known[likeness] if likeness in known else outline(adapter, index)
+        known[likeness] = roles
+        planned = {key for key in linears if f"{name}.{key}" in selection.plan}
+        check_whole(name, roles, planned, config)
+        shapes.append(block_shape(roles, linears, planned))
+    return shapes
+
+
+def block_shape(roles: Outline, linears: dict[str, tuple[int, int]], planned: set[str]) -> BlockShape:
+    def shared(names: tuple[str, ...]) -> Shared:
+        rows = {name: linears[name][0] for name in names}
+        chosen = sum(R for name, R in rows.items() if name in planned)
+        return Shared(sum(rows.values()), linears[names[0]][1], chosen)
+
+    return BlockShape(
+        tuple(shared(names) for names in roles.attention),
+        shared((roles.out,)) if roles.out else None,
+        shared(roles.first) if roles.first else None,
+        shared((roles.down,)) if roles.down else None,
+    )
+
+
+def check_whole(block: str, roles: Outline, planned: set[str], config: PruneConfig) -> None:
+    """SparseLLM needs all of an FFN; the run itself would say so after loading."""
+    whole = {*roles.first, roles.down} - {None}
+    lacking = sorted(str(name) for name in whole - planned)
+    if isinstance(config.method, SparseLLM) and planned and lacking:
+        raise ModelError(
+            f"{block}: SparseLLM prunes an FFN as a whole, but the plan lacks {', '.join(lacking)}; let include and "
+            "ignore keep all of it, or choose a layer solver such as admm"
+        )
+
+
+def probe_of(subject: Subject, config: PruneConfig, shapes: list[BlockShape], run: Run) -> Probe:
+    largest = max(shapes, key=lambda shape: sum(group.size for group in shape.groups))
+    settings = subject.adapter.model.config
+    heads = getattr(settings, "num_attention_heads", None)
+    width = largest.out.columns if largest.out else None
+    head = width // heads if isinstance(heads, int) and heads and width and width % heads == 0 else 64
+    device, precision = str(config.device), "bfloat16" if config.precision == "bfloat16" else "float32"
+    return Probe(largest, run, config.target, device, precision, subject.dtype, head)
+
+
+# ----------------------------------------------------------------------------------------------------------- the report
+
+
+def report(
+    subject: Subject, config: PruneConfig, selection: Selection, shapes: list[BlockShape], run: Run, rates: Rates
+) -> PlanReport:
+    stages = stage_rows(shapes, config, run, rates)
+    chosen, pattern = selection.plan, config.target
+    model = subject.adapter.model
+    return PlanReport(
+        model={
+            "source": subject.source,
+            "class": type(model).__name__,
+            "dtype": str(subject.dtype).removeprefix("torch."),
+            "parameters": subject.parameters,
+            "bytes": subject.bytes,
+        },
+        recipe=config.to_dict(),
+        pattern={"short": str(pattern), "words": pattern.words()},
+        linears=linear_rows(subject.adapter, selection),
+        skipped=[row.to_dict() for row in selection.skipped],
+        sparsity={"planned": chosen.sparsity, "model": chosen.sparsity * chosen.size / subject.parameters},
+        blocks={"pruned": sum(shape.planned for shape in shapes), "total": len(shapes)},
+        stages=stages,
+        seconds=total_seconds(subject, stages, rates),
+        rates=rates.to_dict(),
+        memory=memory(subject, config, shapes, run),
+        result=result(subject, selection, config),
+        runtimes=[row.to_dict() for row in runtimes_for(pattern)],
+        warnings=warnings_for(pattern, subject.parameters) + unknown_roles(shapes, config),
+        notes=list(NOTES),
+    )
+
+
+def linear_rows(adapter: DecoderAdapter, selection: Selection) -> list[dict[str, Any]]:
+    """Planned linears grouped by their name inside the block, shape and pattern."""
+    rows: dict[tuple[Any, ...], list[str]] = {}
+    for block in adapter.block_names:
+        for name, target in selection.plan.items():
+            if name.startswith(f"{block}."):
+                key = (name.removeprefix(f"{block}."), target.shape, str(target.pattern))
+                rows.setdefault(key, []).append(name)
+    return [
+        {
+            "role": role,
+            "count": len(names),
+            "shape": list(shape),
+            "pattern": pattern,
+            "weights": len(names) * shape[0] * shape[1],
+            "names": names,
+        }
+        for (role, shape, pattern), names in rows.items()
+    ]
+
+
+def stage_rows(shapes: list[BlockShape], config: PruneConfig, run: Run, rates: Rates) -> list[dict[str, Any]]:
+    """Stages of all blocks added up; a block that is passed through costs a forward, one behind the last nothing."""
+    total: dict[str, Cost] = {}
+    last = max(index for index, shape in enumerate(shapes) if shape.planned)
+    for shape in shapes[: last + 1]:
+        one = (
+            block_stages(shape, config.method, run) if shape.planned else {"propagate": forward(shape, run.tokens, run)}
+        )
+        for name, cost in one.items():
+            total[name] = total.get(name, Cost()) + cost
+    return [
+        {"name": name, "operations": cost.operations, "bytes": cost.streamed, "seconds": rates.seconds(cost)}
+        for name, cost in total.items()
+    ]
+
+
+def total_seconds(subject: Subject, stages: list[dict[str, Any]], rates: Rates) -> dict[str, float]:
+    """Loading reads the checkpoint (GGUF: parses it), saving writes the model and inspecting reads it again."""
+    load = (subject.file_bytes or subject.bytes) / (GGUF_PARSE_BYTES if subject.gguf else rates.disk)
+    save = 2 * subject.bytes / rates.disk
+    prune = sum(row["seconds"] for row in stages)
+    total = load + prune + save
+    return {"load": load, "prune": prune, "save": save, "total": total, "busy": total * rates.slowdown}
+
+
+def memory(subject: Subject, config: PruneConfig, shapes: list[BlockShape], run: Run) -> dict[str, dict[str, float]]:
+    """Peaks of host, device and disk. What this process holds now stands for interpreter and libraries of the run."""
+    parts = max(
+        (footprint(shape, config.method, run, subject.dtype.itemsize) for shape in shapes if shape.planned),
+        key=lambda f: f.hidden + f.work,
+    )
+    host = {"interpreter": float(psutil.Process().memory_info().rss), "model": float(subject.bytes)}
+    named = parts.to_dict()
+    hidden = {"hidden": named.pop("hidden")}
+    host |= {**hidden, **named} if config.device == "cpu" else hidden
+    device = {} if config.device == "cpu" else named
+    loading = host["interpreter"] + host["model"] + (subject.file_bytes or 0 if subject.gguf else 0)
+    disk = {"model": float(subject.bytes)}
+    return {
+        "host": {**host, "peak": max(sum(host.values()), loading)},
+        "device": {**device, "peak": sum(device.values())},
+        "disk": {**disk, "peak": sum(disk.values())},
+    }
+
+
+def result(subject: Subject, selection: Selection, config: PruneConfig) -> dict[str, Any]:
+    """Sizes: as saved (zeros stored), as a mask and 16-bit values, and what dense formats would take."""
+    bits, weights = bits_per_weight(config.target), selection.plan.size
+    storages = {"saved, zeros stored": 8.0 * subject.dtype.itemsize, "mask and 16 bit values": bits, **ALTERNATIVES}
+    rest = (subject.parameters - weights) * 2
+    return {
+        "bits_per_weight": storages,
+        "bytes": {name: rest + weights * per / 8 for name, per in storages.items()}
+        | {"saved, zeros stored": subject.bytes},
+    }
+
+
+def unknown_roles(shapes: list[BlockShape], config: PruneConfig) -> list[str]:
+    strange = sum(shape.planned and shape.down is None for shape in shapes)
+    if not strange or not isinstance(config.method, SparseLLM):
+        return []
+    return [f"{strange} blocks show no FFN by their shapes: SparseLLM may refuse them, and the time is a lower bound"]

@@ -1,0 +1,33 @@
+"""What a pattern is good for: bits, rows of the table, warnings."""
+
+import pytest
+
+from secateur.core.pattern import NM, Block, Unstructured
+from secateur.report.runtimes import RUNTIMES, bits_per_weight, runtimes_for, warnings_for
+
+
+@pytest.mark.parametrize(
+    ("pattern", "bits"),
+    [(Unstructured(0.5), 9), (NM(2, 4), 9), (NM(1, 4), 4.5), (NM(4, 8), 9), (Block(0.5, 4, 4), 8.0625)],
+)
+def test_bits(pattern, bits):
+    assert bits_per_weight(pattern) == pytest.approx(bits)
+
+
+def gains(pattern):
+    return {row.name: row.gain for row in runtimes_for(pattern)}
+
+
+def test_rows_that_fit():
+    assert "1.2x" in gains(Unstructured(0.5))["OpenVINO, AMX Xeon"]
+    assert "1.5x" in gains(Unstructured(0.6))["OpenVINO, AMX Xeon"]
+    assert "OpenVINO, AMX Xeon" not in gains(Unstructured(0.3))
+    assert "torch.sparse, CUDA sm_80+" in gains(NM(1, 4))
+    assert "torch.sparse, CUDA sm_80+" not in gains(NM(4, 8)) | gains(Unstructured(0.5))
+    assert all(RUNTIMES[-1].name in gains(p) for p in (Unstructured(0.1), NM(2, 4), Block(0.5, 4, 4)))
+
+
+def test_warnings():
+    assert "0.13 B parameters" in warnings_for(NM(2, 4), 134e6)[0]
+    assert "reasoning" in warnings_for(NM(2, 4), 70e9)[0]
+    assert warnings_for(Unstructured(0.5), 134e6) == []

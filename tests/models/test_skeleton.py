@@ -1,0 +1,55 @@
+"""A model of shapes is the model: blocks, linears and roles as with weights, for every architecture; GGUF too."""
+
+import pytest
+import torch
+
+from secateur.errors import ModelError
+from secateur.models.adapter import DecoderAdapter
+from secateur.models.layout import observe
+from secateur.models.outline import outline
+from secateur.models.skeleton import skeleton
+
+ARCHITECTURES = ["llama-tied", "opt", "opt-post-norm", "gpt2", "gptj", "gemma2", "granite", "phi3", "phi", "neox"]
+ARCHITECTURES += ["olmo2", "bloom", "qwen3", "mistral"]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_roles_are_those_that_numbers_will_show(name, tiny, input_ids, tmp_path):
+    model = tiny(name)
+    model.save_pretrained(tmp_path)
+    real = DecoderAdapter(model)
+    hidden, call = real.first_hidden(input_ids[:1]), real.calls(1, input_ids.shape[1])[0]
+    layout = observe(real, 0, hidden, call)
+    bones = skeleton(str(tmp_path))
+    with bones.adapter() as adapter:
+        roles = outline(adapter, 0)
+        assert adapter.block_names == real.block_names
+        for block, other in zip(adapter.blocks, real.blocks, strict=True):
+            shapes = {key: adapter.shape(linear) for key, linear in adapter.linears(block).items()}
+            assert shapes == {key: real.shape(linear) for key, linear in real.linears(other).items()}
+    assert layout.ffn is not None
+    assert (roles.out, roles.down) == (layout.attention_out, layout.ffn.down)
+    assert [*roles.attention, (roles.out,), roles.first, (roles.down,)] == [group.linears for group in layout.groups]
+    assert bones.dtype == torch.float32
+    assert bones.file_bytes == (tmp_path / "model.safetensors").stat().st_size
+
+
+def test_a_gguf_file(tiny_gguf):
+    bones = skeleton(str(tiny_gguf))
+    assert bones.gguf
+    assert bones.dtype == torch.float32
+    with bones.adapter() as adapter:
+        assert outline(adapter, 0).down == "mlp.down_proj"
+
+
+def test_a_truncated_gguf_file(tiny_gguf, tmp_path):
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(tiny_gguf.read_bytes()[:200])
+    with pytest.raises(ModelError, match=r"cannot load .*cut\.gguf"):
+        skeleton(str(path))
+
+
+def test_the_type_is_the_one_that_would_be_loaded(tiny, tmp_path):
+    tiny("llama").to(torch.bfloat16).save_pretrained(tmp_path)
+    assert skeleton(str(tmp_path)).dtype == torch.bfloat16
+    assert skeleton(str(tmp_path), "float32").dtype == torch.float32

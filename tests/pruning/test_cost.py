@@ -1,0 +1,118 @@
+"""The formulas of what a run costs: against hand counts, and against every product that torch counts in a real run."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_flop_count
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from secateur.core.pattern import NM, Block, Unstructured
+from secateur.core.solvers import ADMM, Magnitude, SparseGPT, Wanda
+from secateur.core.sparsellm import SparseLLM
+from secateur.models.adapter import DecoderAdapter
+from secateur.pruning.cost import BlockShape, Cost, Run, Shared, admm, fit, forward, gram, sparsegpt
+from secateur.pruning.cost_sparsellm import block_stages
+from secateur.pruning.footprint import footprint
+from secateur.pruning.oneshot import RunOptions, prune_blocks
+from secateur.pruning.rates import Probe, measure
+from secateur.pruning.selection import select
+
+SMOLLM2 = BlockShape(
+    (Shared(960, 576, 960),), Shared(576, 576, 576), Shared(3072, 576, 3072), Shared(576, 1536, 576)
+)  # fmt: skip
+TEXT = Run(16, 2048, 1, rounded=True)
+COUNTED = {  # torch counts neither sums in place nor attention on processors by itself
+    torch.ops.aten.addmm_: lambda c, a, b, *_, **__: addmm_flop(c, a, b),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+}
+
+
+def test_the_table_of_the_documentation():
+    """docs/performance.md, for 30 blocks of SmolLM2-135M and 16 x 2048 tokens."""
+    one = forward(SMOLLM2, TEXT.tokens, TEXT)
+    assert 30 * one.linear == pytest.approx(6.96e12, rel=1e-3)
+    assert 30 * one.attention == pytest.approx(2.3e12, rel=0.02)
+    grams = sum(gram(group.columns, TEXT.tokens).moment for group in SMOLLM2.groups)
+    assert 30 * grams == pytest.approx(6.6e12, rel=0.01)
+    solves = [admm(ADMM(), group.rows, group.columns).exact for group in SMOLLM2.groups]
+    assert 30 * sum(solves) == pytest.approx(5.2e12 * 31 / 30, rel=0.01)
+
+
+def test_hand_counts():
+    assert gram(3, 5).moment == 2 * 5 * 9
+    assert sparsegpt(SparseGPT(), 4, 3) == Cost(factor=9 + 27, exact=36, swept=12)
+    assert fit(4, 3) == Cost(factor=9 + 72)
+    assert admm(ADMM(iterations=2, ramp=1), 4, 3).exact == 3 * 2 * 36
+    assert (TEXT.tokens, TEXT.chunk, TEXT.held, TEXT.fitted) == (32768, 2048, 4096, 28672)
+    few = Run(4, 32, 1, rounded=False)
+    assert (few.held, few.fitted) == (128, 128), "too few chunks to hold one out"
+    assert Cost(1, 2) + Cost(1).times(3) == Cost(4, 2)
+
+
+METHODS = {
+    "magnitude": Magnitude(),
+    "wanda": Wanda(),
+    "admm": ADMM(iterations=6, ramp=4),
+    "sparsegpt": SparseGPT(),
+    "closed": SparseLLM(inner=ADMM(iterations=3, ramp=2), iterations=1),
+    "closed, a round": SparseLLM(inner=ADMM(iterations=3, ramp=2), iterations=2),
+    "closed, dense target": SparseLLM(inner=ADMM(iterations=3, ramp=2), iterations=1, target="ffn"),
+    "paper": SparseLLM(mode="paper", inner=ADMM(iterations=3, ramp=2), iterations=3),
+    "paper, no round": SparseLLM(mode="paper", inner=ADMM(iterations=3, ramp=2), iterations=1),
+}
+PARTLY = {"everything": ([], 64, 32), "without q and o": (["q_proj", "o_proj"], 32, 0)}
+
+
+@pytest.mark.parametrize("ignored", PARTLY)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_product_of_a_run_is_foreseen(method, ignored):
+    """All matrix products and all attention of pruning one block, as torch counts them; the sweep to 1 %."""
+    ignore, attention, out = PARTLY[ignored]
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).eval().requires_grad_(False)
+        rows = torch.randint(64, (16, 64))
+    for parameter in model.parameters():
+        parameter *= 8 if parameter.ndim == 2 else 1
+    adapter = DecoderAdapter(model)
+    plan = select(adapter, Unstructured(0.5), range(1), ignore=ignore).plan
+    with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+        list(prune_blocks(adapter, rows, plan, METHODS[method], RunOptions()))
+    counts = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
+    attended = sum(count for op, count in counts.items() if "scaled_dot" in op)
+    shape = BlockShape((Shared(64, 32, attention),), Shared(32, 32, out), Shared(96, 32, 96), Shared(32, 48, 32))
+    total = sum(block_stages(shape, METHODS[method], Run(16, 64, 1, rounded=False)).values(), Cost())
+    foreseen = total.linear + total.moment + total.product + total.exact
+    assert sum(counts.values()) - attended == pytest.approx(foreseen, rel=0.01 if method == "sparsegpt" else 0)
+    assert attended == 2 * total.attention, "torch counts the masked half too"
+
+
+def test_a_block_without_roles_costs_its_forwards():
+    shape = BlockShape((Shared(64, 32, 64), Shared(32, 64, 32)), None, None, None)
+    stages = block_stages(shape, SparseLLM(), TEXT)
+    assert stages["ffn"] == Cost()
+    assert stages["propagate"].linear == 2 * TEXT.tokens * 2 * 64 * 32
+
+
+def test_memory_grows_with_the_tokens_by_copies_of_the_hidden_states():
+    state = 4 * TEXT.tokens * 576
+    assert footprint(SMOLLM2, SparseGPT(), TEXT, 4).hidden == 4 * state
+    assert footprint(SMOLLM2, SparseLLM(), TEXT, 4).hidden == 7 * state
+    assert footprint(SMOLLM2, Magnitude(), TEXT, 4).hidden == 4 * 4 * 64 * 576
+    paper = footprint(SMOLLM2, SparseLLM(mode="paper"), TEXT, 4)
+    assert paper.carried == 2 * 4 * TEXT.tokens * 3072
+    assert footprint(SMOLLM2, SparseLLM(mode="paper", iterations=1), TEXT, 4).carried == 0
+    double = footprint(SMOLLM2, SparseLLM(), TEXT._replace(samples=32), 4)
+    assert double.work == footprint(SMOLLM2, SparseLLM(), TEXT, 4).work
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4), Block(0.5, 3, 5)], ids=str)
+def test_rates_are_measured_for_every_pattern(pattern, monkeypatch):
+    monkeypatch.setattr("secateur.pruning.rates.PATIENCE", 0.0)
+    shape = BlockShape((Shared(30, 20, 30),), Shared(15, 15, 15), Shared(60, 20, 60), Shared(15, 40, 15))
+    rates = measure(Probe(shape, Run(2, 16, 1, False), pattern, "cpu", "float32", torch.float32, head=5))
+    assert all(rate > 0 for rate in rates.to_dict().values())
+    assert rates.seconds(Cost(linear=rates.linear, swept=2 * rates.swept)) == pytest.approx(3)
