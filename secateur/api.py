@@ -86,6 +86,7 @@ def prune(
         records = _run(adapter, windows, plan, config.method, options, watch)
         settled = _settled(config, loaded, device, precision, len(adapter.blocks))
         report = _report(loaded, settled, plan, records, texts, len(adapter.blocks))
+        report["left_alone"] = adapter.left_alone()
         if folder is not None:
             _save(folder, loaded, settled, plan, records, watch)
         report |= {"out": None if out is None else str(out), "seconds": {**watch.seconds, "total": watch.total}}

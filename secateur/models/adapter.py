@@ -31,9 +31,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import ModelError
+from secateur.models.experts import Experts, Linear, find_experts, known_parameters, with_experts
 
-Linear = nn.Linear | Conv1D
-"""The modules that hold a prunable matrix."""
 NOT_MATRICES = (nn.Embedding, nn.Conv1d)
 """Modules whose parameters have two axes or more without being a matrix that multiplies tokens: relative position
 tables, depthwise convolutions along time. They are left as they are."""
@@ -71,8 +70,9 @@ class DecoderAdapter:
         name, self.blocks, self._returns_tuple = _find_blocks(model, self._tokens(1, 4))
         self.block_names = [f"{name}.{i}" for i in range(len(self.blocks))]
         self._calls: dict[tuple[int, int], list[Call]] = {}
+        self._experts = {block: find_experts(block) for block in self.blocks}
         for block_name, block in zip(self.block_names, self.blocks, strict=True):
-            _refuse_uncovered(block_name, block, self.linears(block))
+            _refuse_uncovered(block_name, block, self.linears(block), known_parameters(self.experts(block)))
         _refuse_tied(model, self.block_names)
 
     # ------------------------------------------------------------------------------------------------ calls and replay
@@ -145,8 +145,18 @@ class DecoderAdapter:
     # -------------------------------------------------------------------------------------------------------- weights
 
     def linears(self, block: nn.Module) -> dict[str, Linear]:
-        """The linears of a block by their name inside it, in order of definition."""
-        return {name: module for name, module in block.named_modules() if isinstance(module, Linear)}
+        """The prunable linears of a block by their name inside it, in order of definition, fused experts' last."""
+        found = {name: module for name, module in block.named_modules() if isinstance(module, Linear)}
+        return with_experts(found, self.experts(block))
+
+    def experts(self, block: nn.Module) -> tuple[Experts, ...]:
+        """The experts of a block, one entry per sparse part; none in an ordinary block."""
+        return self._experts[block]
+
+    def left_alone(self) -> list[str]:
+        """Full names of what decides instead of work, routers and gates beside experts: never among the linears."""
+        pairs = zip(self.block_names, self.blocks, strict=True)
+        return [f"{name}.{p}" for name, block in pairs for experts in self.experts(block) for p in experts.left_alone]
 
     def shape(self, linear: Linear) -> tuple[int, int]:
         """(out_features, in_features)."""
@@ -222,18 +232,18 @@ def _only(wanted: list[nn.Module], modules: list[nn.Module]) -> list[nn.Module]:
     return [module for module in modules if module in members]
 
 
-def _refuse_uncovered(block_name: str, block: nn.Module, linears: dict[str, Linear]) -> None:
-    """Fused experts and quantized matrices: parameters which `linears` would miss in silence, or could not read."""
+def _refuse_uncovered(block_name: str, block: nn.Module, linears: dict[str, Linear], known: set[str]) -> None:
+    """Unknown or quantized matrices: parameters which `linears` would miss in silence, or could not read."""
     uncovered = {}
     for name, parameter in block.named_parameters():
         owner = name.rpartition(".")[0]
-        if parameter.ndim >= 2 and owner not in linears and not isinstance(block.get_submodule(owner), NOT_MATRICES):
+        covered = owner in linears or name in known
+        if parameter.ndim >= 2 and not covered and not isinstance(block.get_submodule(owner), NOT_MATRICES):
             uncovered[name] = parameter
     if uncovered:
         described = ", ".join(f"{name} ({'x'.join(map(str, p.shape))})" for name, p in uncovered.items())
         raise ModelError(
-            f"{block_name} holds matrices outside any linear: {described}; fused experts and the like are not supported"
-            " yet"
+            f"{block_name} holds matrices outside any linear: {described}; secateur cannot read them there yet"
         )
     for name, linear in linears.items():
         if linear.weight.dtype not in PRUNABLE_DTYPES:

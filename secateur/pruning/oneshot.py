@@ -61,10 +61,8 @@ def prune_blocks(
         hidden = propagate(work) if not work.targets and index < last else work.hidden
         work.block.to("cpu")
         check_rows(name, len(windows), hidden)
-        seconds = time.perf_counter() - start
-        yield BlockRecord(
-            index, name, seconds, error, work.dropped, tuple(work.records.values()), rounds_of(refined), work.seconds
-        )
+        seconds, rounds = time.perf_counter() - start, (*work.expert_rounds, *rounds_of(refined))
+        yield BlockRecord(index, name, seconds, error, work.dropped, tuple(work.records.values()), rounds, work.seconds)
 
 
 def prune_and_measure(work: Work, method: Method) -> tuple[float | None, Refined | None]:
