@@ -200,7 +200,7 @@ def _look_at(name: str, tensor: Tensor, promises: list[Promise], report: Inspect
             W = promise.cut(tensor)
             _add_row(promise.name, W, counts if W is tensor else _counted(W), promise, report)
             continue
-        wanted = f"rows {list(promise.at)} of one" if promise.at else "a matrix"
+        wanted = f"a part at {list(promise.at)}" if promise.at else "a matrix"
         report.broken.append(f"{promise.name}: stored with shape {tuple(tensor.shape)}, {wanted} was promised")
 
 

@@ -45,6 +45,12 @@ def stored(model: PreTrainedModel, linears: Iterable[str]) -> dict[str, Stored]:
     return {name: _found(name, rows, places) for name, rows in numbered.items()}
 
 
+def stored_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """All tensors of a model under the names, and in the parts, in which they are stored."""
+    state = model.state_dict()
+    return revert_weight_conversion(model, state) if _expert_views(model) else state
+
+
 def _expert_views(model: nn.Module) -> dict[str, tuple[str, ExpertLinear]]:
     """Every fused expert's matrices by their full names, with the full name of the parameter they are a part of."""
     return {

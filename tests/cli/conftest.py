@@ -84,6 +84,12 @@ def byte_tokenizer():
 
 
 @pytest.fixture(scope="session")
+def tokenizer():
+    """One token per byte, 257 in all."""
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
     """9,000 characters, so 9,000 tokens."""
     path = tmp_path_factory.mktemp("texts") / "text.txt"
