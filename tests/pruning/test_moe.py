@@ -265,3 +265,14 @@ def test_dense_blocks_and_shared_experts_beside_routed_ones(method):
     assert "" in {r.ffn for r in records[1].rounds}, "the shared expert"
     for linear, view in adapter.linears(adapter.blocks[1]).items():
         assert check_mask(adapter.read(view) != 0, NM(2, 4)) is None, linear
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("method", ["sparsegpt", "closed", "paper"])
+def test_on_a_gpu_views_follow_the_block(moe, method):
+    adapter, plan, done, _ = run(starved(moe("mixtral")), METHODS[method], device="cuda")
+    assert done.keys() == plan.keys()
+    for linear, view in adapter.linears(adapter.blocks[1]).items():
+        assert view.weight.device.type == "cpu", "blocks go back to host memory"
+        assert check_mask(adapter.read(view) != 0, HALF) is None, linear
