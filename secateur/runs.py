@@ -161,6 +161,7 @@ class Run:
         """All that ``report.json`` holds; seconds and memory are those of this process."""
         blocks = len(self.adapter.blocks)
         report = _report(self.loaded, self.config, self.plan, records, self.texts, blocks)
+        report["left_alone"] = self.adapter.left_alone()
         report["skipped"] = [row.to_dict() for row in self.selection.skipped]
         seconds = {**self.watch.seconds, "total": self.watch.total}
         return report | {"out": None, "seconds": seconds, "peak_memory_bytes": peak_memory()}

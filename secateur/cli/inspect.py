@@ -21,11 +21,12 @@ def command(directory: Path, baseline: str | None, as_json: bool) -> int:
     """
     from secateur.evaluation.inspect import inspect
     from secateur.models.load import load
+    from secateur.models.stored import stored_state
     from secateur.report.tables import inspect_tables
 
     reference = None
     if baseline is not None:
-        reference = load(baseline, dtype="auto").model.state_dict()
+        reference = stored_state(load(baseline, dtype="auto").model)
     found = inspect(directory, reference)
     emit(as_json, found.to_dict(), *inspect_tables(found))
     return BROKEN if found.broken else 0

@@ -7,12 +7,17 @@ the sparsity of every matrix.
     {"linears": {WEIGHT NAME: {"pattern": {"kind": ...}, "transposed": bool}, ...},     transposed: stored (in, out)
      "tied": [[NAME, NAME, ...], ...]}                                                   names that share one tensor
 
+A promised matrix that is no tensor of its own, one expert's in a stack of all, names the tensor and its place there:
+``"part": {"of": TENSOR NAME, "at": [EXPERT, FIRST ROW, END]}``, or ``[FIRST ROW, END]`` inside a larger matrix. It has
+a row of its own like any other.
+
 Broken means: a promised weight is missing or no longer follows its pattern, a tensor is not finite, a promised weight
 holds -0.0 (not a clean zero for every consumer), tied weights differ, or a tensor outside the plan is not the
 baseline's.
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -55,17 +60,36 @@ class Checkpoint(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class Promise:
-    """One planned weight: its pattern, and whether it is stored transposed (Conv1D)."""
+    """One planned weight: its pattern, whether it is stored transposed (Conv1D), and where it lies."""
 
+    name: str
     pattern: Pattern
     transposed: bool
+    tensor: str
+    """The stored tensor that holds it."""
+    at: tuple[int, ...]
+    """Empty where that is all of the tensor; else (expert, first row, end), or (first row, end)."""
+
+    def fits(self, tensor: Tensor) -> bool:
+        """Whether the tensor has such a part at all."""
+        if not self.at:
+            return tensor.ndim == 2
+        *stack, _, stop = self.at
+        return tensor.ndim == 2 + len(stack) and stop <= tensor.shape[-2] and all(e < len(tensor) for e in stack)
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """This weight out of its tensor, without a copy."""
+        if not self.at:
+            return tensor
+        *stack, start, stop = self.at
+        return tensor[(*stack, slice(start, stop))]
 
 
 @dataclass(frozen=True)
 class Promises:
     """What the prune run wrote into ``promise.json``."""
 
-    linears: dict[str, Promise]
+    linears: list[Promise]
     tied: list[list[str]]
 
 
@@ -118,13 +142,16 @@ def inspect(directory: str | Path, baseline: str | Path | Mapping[str, Tensor] |
     checkpoint = Checkpoint(directory)
     promises = _read_promises(directory)
     base = Checkpoint(Path(baseline)) if isinstance(baseline, str | Path) else baseline
-    linears, tied = (promises.linears, promises.tied) if promises else ({}, [])
+    linears, tied = (promises.linears, promises.tied) if promises else ([], [])
+    held: dict[str, list[Promise]] = defaultdict(list)
+    for promise in linears:
+        held[promise.tensor].append(promise)
     report = Inspection(str(directory), promised=promises is not None, tied=tied)
     for name, tensor in checkpoint.items():
-        _look_at(name, tensor, linears.get(name), report)
-        if base is not None and name in base and name not in linears:
-            _compare(name, tensor, base[name], report)
-    report.broken += [f"{name}: promised but not stored" for name in linears if name not in checkpoint]
+        _look_at(name, tensor, held.get(name, []), report)
+        if base is not None and name in base:
+            _compare(name, tensor, base[name], held.get(name, []), report)
+    report.broken += [f"{one.name}: promised but not stored" for one in linears if one.tensor not in checkpoint]
     for group in tied:
         _check_tied(group, checkpoint, directory, report)
     if base is not None:
@@ -156,27 +183,38 @@ def _counted(tensor: Tensor) -> Counts:
     return Counts(zeros, negative, bad)
 
 
-def _look_at(name: str, tensor: Tensor, promise: Promise | None, report: Inspection) -> None:
+def _look_at(name: str, tensor: Tensor, promises: list[Promise], report: Inspection) -> None:
     """Counts and checks of one tensor, added to the report."""
     report.tensors += 1
     if not tensor.is_floating_point():
         return
-    zeros, negative, bad = _counted(tensor)
-    report.negative_zeros += negative
-    if bad:
+    counts = _counted(tensor)
+    report.negative_zeros += counts.negative
+    if counts.bad:
         report.finite = False
-        report.broken.append(f"{name}: {bad} of {tensor.numel()} values are not finite")
-    if tensor.ndim != 2:
-        return
-    why = _broken_promise(tensor, negative, promise) if promise else None
+        report.broken.append(f"{name}: {counts.bad} of {tensor.numel()} values are not finite")
+    if not promises and tensor.ndim == 2:
+        _add_row(name, tensor, counts, None, report)
+    for promise in promises:
+        if promise.fits(tensor):
+            W = promise.cut(tensor)
+            _add_row(promise.name, W, counts if W is tensor else _counted(W), promise, report)
+            continue
+        wanted = f"a part at {list(promise.at)}" if promise.at else "a matrix"
+        report.broken.append(f"{promise.name}: stored with shape {tuple(tensor.shape)}, {wanted} was promised")
+
+
+def _add_row(name: str, W: Tensor, counts: Counts, promise: Promise | None, report: Inspection) -> None:
+    """One matrix, checked against its promise if there is one."""
+    why = _broken_promise(W, counts.negative, promise) if promise else None
     if why:
         report.broken.append(f"{name}: {why}")
-    shape = (tensor.shape[0], tensor.shape[1])
     if promise or not report.promised:
-        report.weights += tensor.numel()
-        report.zeros += zeros
+        report.weights += W.numel()
+        report.zeros += counts.zeros
     pattern, ok = (str(promise.pattern), why is None) if promise else ("", None)
-    report.rows.append(Row(name, shape, zeros, zeros / tensor.numel(), pattern, ok, why or ""))
+    shape = (W.shape[0], W.shape[1])
+    report.rows.append(Row(name, shape, counts.zeros, counts.zeros / W.numel(), pattern, ok, why or ""))
 
 
 def _broken_promise(W: Tensor, negative: int, promise: Promise) -> str | None:
@@ -188,9 +226,17 @@ def _broken_promise(W: Tensor, negative: int, promise: Promise) -> str | None:
     return broken or (f"{negative} zeros are -0.0; write +0.0" if negative else None)
 
 
-def _compare(name: str, tensor: Tensor, base: Tensor, report: Inspection) -> None:
+def _compare(name: str, tensor: Tensor, base: Tensor, promises: list[Promise], report: Inspection) -> None:
     """Outside the plan a tensor must be the baseline's, after the baseline's cast to the stored dtype."""
-    if not torch.equal(tensor, base.detach().cpu().to(tensor.dtype)):
+    base = base.detach().cpu().to(tensor.dtype)
+    if any(not promise.at or not promise.fits(tensor) for promise in promises):
+        return
+    if promises and tensor.shape == base.shape:
+        outside = torch.ones_like(tensor[..., :1], dtype=torch.bool)
+        for promise in promises:
+            promise.cut(outside)[:] = False
+        tensor, base = tensor[outside[..., 0]], base[outside[..., 0]]
+    if not torch.equal(tensor, base):
         report.broken.append(f"{name}: outside the plan, yet not the baseline's")
 
 
@@ -245,10 +291,11 @@ def _read_promises(directory: Path) -> Promises | None:
         return None
     data = _read_json(path)
     try:
-        linears = {
-            name: Promise(pattern_from_dict(entry["pattern"]), entry["transposed"])
-            for name, entry in data["linears"].items()
-        }
-        return Promises(linears, data["tied"])
+        return Promises([_promise(name, entry) for name, entry in data["linears"].items()], data["tied"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ArtefactError(f"{path}: not a promise file ({type(error).__name__}: {error}); prune again") from error
+
+
+def _promise(name: str, entry: dict[str, Any]) -> Promise:
+    part = entry.get("part") or {"of": name, "at": ()}
+    return Promise(name, pattern_from_dict(entry["pattern"]), entry["transposed"], part["of"], tuple(part["at"]))

@@ -21,7 +21,7 @@ B = rows of a batch, S = tokens of a row, D = hidden size, R = out_features, C =
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -35,10 +35,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import ModelError
+from secateur.models.experts import ExpertLinear, Experts, Linear, find_experts, known_parameters, with_experts
 from secateur.models.scales import scales
 
-Linear = nn.Linear | Conv1D
-"""The modules that hold a prunable matrix."""
 NOT_MATRICES = (nn.Embedding,)
 """Modules whose parameters have two axes or more without being a matrix that multiplies tokens: relative position
 tables. They are left as they are."""
@@ -76,8 +75,10 @@ class DecoderAdapter:
         name, self.blocks, self._items = _find_blocks(model, self._tokens(1, 4))
         self.block_names = [f"{name}.{i}" for i in range(len(self.blocks))]
         self._calls: dict[tuple[int, int], list[Call]] = {}
+        self._experts = {block: find_experts(block) for block in self.blocks}
         for i, (block_name, block) in enumerate(zip(self.block_names, self.blocks, strict=True)):
-            _refuse_uncovered(block_name, block, self.linears(block), partial(self._try, i))
+            known = known_parameters(self.experts(block))
+            _refuse_uncovered(block_name, block, self.linears(block), known, partial(self._try, i))
         _refuse_tied(model, self.block_names)
 
     # ------------------------------------------------------------------------------------------------ calls and replay
@@ -157,8 +158,26 @@ class DecoderAdapter:
     # -------------------------------------------------------------------------------------------------------- weights
 
     def linears(self, block: nn.Module) -> dict[str, Linear]:
-        """The linears of a block by their name inside it, in order of definition."""
-        return {name: module for name, module in block.named_modules() if isinstance(module, Linear)}
+        """The prunable linears of a block by their name inside it, in order of definition, fused experts' last."""
+        found = {name: module for name, module in block.named_modules() if isinstance(module, Linear)}
+        return with_experts(found, self.experts(block))
+
+    def experts(self, block: nn.Module) -> tuple[Experts, ...]:
+        """The experts of a block, one entry per sparse part; none in an ordinary block."""
+        return self._experts[block]
+
+    def left_alone(self) -> list[str]:
+        """Full names of what decides instead of work, routers and gates beside experts: never among the linears."""
+        pairs = zip(self.block_names, self.blocks, strict=True)
+        return [f"{name}.{p}" for name, block in pairs for experts in self.experts(block) for p in experts.left_alone]
+
+    def holders(self, block: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
+        """The block's parameters that hold these linears, by their name inside the block."""
+        linears = self.linears(block)
+        found = {
+            id(one.holder if isinstance(one, ExpertLinear) else one.weight) for one in map(linears.get, names) if one
+        }
+        return {name: parameter for name, parameter in block.named_parameters() if id(parameter) in found}
 
     def shape(self, linear: Linear) -> tuple[int, int]:
         """(out_features, in_features)."""
@@ -260,21 +279,21 @@ def _only(wanted: list[nn.Module], modules: list[nn.Module]) -> list[nn.Module]:
 
 
 def _refuse_uncovered(
-    block_name: str, block: nn.Module, linears: dict[str, Linear], replay: Callable[[], None]
+    block_name: str, block: nn.Module, linears: dict[str, Linear], known: set[str], replay: Callable[[], None]
 ) -> None:
-    """Fused experts and quantized matrices: parameters which `linears` would miss in silence, or could not read."""
+    """Unknown or quantized matrices: parameters which `linears` would miss in silence, or could not read."""
     uncovered = {}
     for name, parameter in block.named_parameters():
         owner = name.rpartition(".")[0]
-        if parameter.ndim >= 2 and owner not in linears and not isinstance(block.get_submodule(owner), NOT_MATRICES):
+        covered = owner in linears or name in known
+        if parameter.ndim >= 2 and not covered and not isinstance(block.get_submodule(owner), NOT_MATRICES):
             uncovered[name] = parameter
     for name in scales(block, uncovered, replay) if uncovered else ():
         del uncovered[name]
     if uncovered:
         described = ", ".join(f"{name} ({'x'.join(map(str, p.shape))})" for name, p in uncovered.items())
         raise ModelError(
-            f"{block_name} holds matrices outside any linear: {described}; fused experts and the like are not supported"
-            " yet"
+            f"{block_name} holds matrices outside any linear: {described}; secateur cannot read them there yet"
         )
     for name, linear in linears.items():
         if linear.weight.dtype not in PRUNABLE_DTYPES:

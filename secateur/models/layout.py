@@ -32,6 +32,7 @@ from torch import Tensor
 from secateur.core.activations import ACTIVATIONS, LEARNED, activation
 from secateur.errors import ModelError
 from secateur.models.adapter import Call, DecoderAdapter
+from secateur.models.experts import Linear, expert_linears
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """Largest relative error, per dtype of the block, at which two tensors count as the same."""
@@ -99,8 +100,8 @@ def observe(adapter: DecoderAdapter, index: int, hidden: Float[Tensor, "B S D"],
     attention_out = _attention_out(adapter, index, hidden, call, runs)
     names = [run.linear for run in runs]
     first_ffn = 0 if attention_out is None else names.index(attention_out) + 1
-    groups = _groups(runs[:first_ffn], "attention") + _groups(runs[first_ffn:], "ffn")
-    ffn, refusal = _feed_forward(runs[first_ffn:])
+    groups = groups_of(runs[:first_ffn], "attention") + groups_of(runs[first_ffn:], "ffn")
+    ffn, refusal = feed_forward(runs[first_ffn:])
     additive = first_ffn < len(runs) and _is_additive(adapter, index, hidden, call, names[-1], output)
     return Layout(groups, ffn, refusal, attention_out, additive)
 
@@ -121,7 +122,7 @@ def describe(layout: Layout) -> str:
 
 @contextmanager
 def _hooked(adapter: DecoderAdapter, index: int, hook: Callable[[str], Callable]) -> Iterator[None]:
-    linears = adapter.linears(adapter.blocks[index])
+    linears = unrouted(adapter, index)
     handles = [linear.register_forward_hook(hook(name)) for name, linear in linears.items()]
     try:
         yield
@@ -130,13 +131,20 @@ def _hooked(adapter: DecoderAdapter, index: int, hook: Callable[[str], Callable]
             handle.remove()
 
 
+def unrouted(adapter: DecoderAdapter, index: int) -> dict[str, Linear]:
+    """The linears that see every token; those of experts are observed by ``expert_layout``."""
+    block = adapter.blocks[index]
+    routed = expert_linears(adapter.experts(block))
+    return {name: linear for name, linear in adapter.linears(block).items() if name not in routed}
+
+
 def _watch(adapter: DecoderAdapter, index: int, hidden: Tensor, call: Call) -> tuple[list[Run], Tensor]:
     """Every linear's run, in order, and the block's output; each linear must run exactly once."""
     runs: list[Run] = []
     with _hooked(adapter, index, lambda name: lambda _, args, output: runs.append(Run(name, args[0], output))):
         output = adapter.replay(index, hidden, call)
     times = Counter(run.linear for run in runs)
-    for name in adapter.linears(adapter.blocks[index]):
+    for name in unrouted(adapter, index):
         if times[name] != 1:
             raise ModelError(
                 f"{adapter.block_names[index]}.{name} ran {times[name]} times in one pass through its block, 1 wanted; "
@@ -145,7 +153,7 @@ def _watch(adapter: DecoderAdapter, index: int, hidden: Tensor, call: Call) -> t
     return runs, output
 
 
-def _groups(runs: list[Run], part: Part) -> tuple[Group, ...]:
+def groups_of(runs: list[Run], part: Part) -> tuple[Group, ...]:
     """Same address and size is the same tensor, also behind a reshape (OPT flattens the batch in its FFN)."""
     sharing: dict[tuple[int, int], list[str]] = {}
     for run in runs:
@@ -169,16 +177,16 @@ def _attention_out(adapter: DecoderAdapter, index: int, hidden: Tensor, call: Ca
     return None
 
 
-def _feed_forward(runs: list[Run]) -> tuple[FeedForwardForm | None, str | None]:
+def feed_forward(runs: list[Run]) -> tuple[FeedForwardForm | None, str | None]:
     """Try phi(up) and phi(gate) * up for every phi and every pair of candidates; the nearest one within tolerance."""
     if len(runs) not in (2, 3):
         names = ", ".join(run.linear for run in runs) or "none"
         return None, f"a feed-forward network has 2 or 3 linears after the attention, found {len(runs)}: {names}"
     *sources, down = runs
-    if len(_groups(sources, "ffn")) != 1:
+    if len(groups_of(sources, "ffn")) != 1:
         return None, f"{' and '.join(run.linear for run in sources)} do not read the same input"
     halves = _halves(sources, width=down.input.shape[-1])
-    errors = {form: _relative(_inner(form, halves), down.input) for form in _forms(halves, down)}
+    errors = {form: relative(_inner(form, halves), down.input) for form in _forms(halves, down)}
     if not errors:
         return None, f"no linear feeds {down.linear} with its {down.input.shape[-1]} inputs or twice as many"
     best = min(errors, key=lambda form: errors[form])
@@ -228,10 +236,10 @@ def _is_additive(adapter: DecoderAdapter, index: int, hidden: Tensor, call: Call
 
     with _hooked(adapter, index, disturb):
         moved = adapter.replay(index, hidden, call)
-    return _relative(moved.float() - output.float(), disturbance) <= TOLERANCE[output.dtype]
+    return relative(moved.float() - output.float(), disturbance) <= TOLERANCE[output.dtype]
 
 
-def _relative(value: Float[Tensor, "..."], expected: Float[Tensor, "..."]) -> float:
+def relative(value: Float[Tensor, "..."], expected: Float[Tensor, "..."]) -> float:
     """Norm of the difference over the norm of what was expected, in float32; shapes may differ by flattening."""
     expected = expected.float().flatten()
     scale = expected.norm().clamp_min(torch.finfo(torch.float32).tiny)

@@ -1,13 +1,12 @@
 """SparseLLM's closed mode on a whole block: everything is fitted to what the pruned network really produces.
 
 1. Attention inputs (q, k, v) are pruned. 2. The attention is run again; its output projection is fitted to the dense
-block's attention output on the inputs it really gets now, then pruned. 3. The FFN's inputs are taken after that; its
-target is the dense block's output minus the pruned residual stream, so that it absorbs the attention's error too. 4.
-The FFN is pruned by ``core.sparsellm``. The cost is two and a half forwards of the block where layer-by-layer pruning
-needs one, and a copy of the block.
+block's attention output on the inputs it really gets now, then pruned. 3. Experts, where the block has any, are pruned
+one by one (``experts``). 4. The FFN's inputs are taken after that; its target is the dense block's output minus the
+pruned residual stream, so that it absorbs the attention's error too, and that of experts beside it. 5. The FFN is
+pruned by ``core.sparsellm``. The cost is two and a half forwards of the block where layer-by-layer pruning needs one.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
@@ -16,39 +15,39 @@ from torch import Tensor, nn
 
 from secateur.core.linalg import fit
 from secateur.core.moments import CrossMoments, Gram
-from secateur.core.sparsellm import Refined, SparseLLM, closed_feedforward
-from secateur.pruning.ffn import HostTokens, dense_targets, ffn_patterns, ffn_view, write_ffn
+from secateur.core.sparsellm import Refined, SparseLLM
+from secateur.pruning.experts import closed_experts, expert_forms
+from secateur.pruning.ffn import dense_targets, ffn_view, prune_ffn
 from secateur.pruning.hidden import Hidden
 from secateur.pruning.layerwise import planned_groups
 from secateur.pruning.work import Precise, Watcher, Work, watching
 
-HELD_OUT = 8
-"""One calibration chunk in so many is held out of the FFN's fits and judges its iterates; with fewer chunks than that
-they are judged on the chunks they were fitted on."""
 
-
-def closed(work: Work, options: SparseLLM) -> Refined:
-    """Prune one block; returns what the FFN went through."""
-    _ = work.form  # refused here, before any work
-    dense = copy.deepcopy(work.block)
-    outputs, attended = attention_inputs(work, dense, options)
+def closed(work: Work, options: SparseLLM) -> Refined | None:
+    """Prune one block; returns what the FFN went through that sees every token, if there is one."""
+    form = work.form if work.has_ffn else None  # refused here, before any work
+    experts = expert_forms(work)
+    outputs, attended = attention_inputs(work, options)
     attention_output(work, attended, options)
-    X, Y = ffn_tokens(work, dense, outputs, options)
-    return prune_ffn(work, X, Y, options)
+    closed_experts(work, experts, options)
+    if form is None:
+        return None
+    X, Y = ffn_tokens(work, outputs, options)
+    return prune_ffn(work, form, X, Y, options)
 
 
-def attention_inputs(work: Work, dense: nn.Module, options: SparseLLM) -> tuple[Hidden, Hidden]:
+def attention_inputs(work: Work, options: SparseLLM) -> tuple[Hidden, Hidden]:
     """Prune what feeds the attention; returns the dense block's outputs and its inputs of the output projection."""
     out = work.layout.attention_out
     groups = [g for g in attention_groups(work) if out not in g]
     device = torch.device(work.options.device)
     grams = {g: Gram.zeros(work.targets[g[0]].shape[1], device) for g in groups}
-    watchers: dict[nn.Module, Watcher] = {dense.get_submodule(g[0]): gram.update for g, gram in grams.items()}
+    watchers: dict[nn.Module, Watcher] = {work.linear(g[0]): gram.update for g, gram in grams.items()}
     attended = work.waiting()
     if out in work.targets:
-        watchers[dense.get_submodule(out)] = lambda a: attended.append(a.cpu())
+        watchers[work.linear(out)] = lambda a: attended.append(a.cpu())
     with work.forwards("dense forward"):
-        outputs = work.watched_pass(watchers, dense)
+        outputs = work.watched_pass(watchers)
     solver = Precise(options.inner, work)
     for g, gram in grams.items():
         W, pattern = work.stacked(g)
@@ -92,7 +91,7 @@ def attention_output(work: Work, attended: Hidden, options: SparseLLM) -> None:
     work.solved((out,), W0, pruned, H)
 
 
-def ffn_tokens(work: Work, dense: nn.Module, outputs: Hidden, options: SparseLLM) -> tuple[Hidden, Hidden]:
+def ffn_tokens(work: Work, outputs: Hidden, options: SparseLLM) -> tuple[Hidden, Hidden]:
     """Inputs X of the FFN behind the pruned attention, and the targets Y that it is fitted to."""
     inputs, residuals = work.waiting(), work.waiting()
     with work.forwards("attention forward"), silenced(work, inputs):
@@ -101,7 +100,7 @@ def ffn_tokens(work: Work, dense: nn.Module, outputs: Hidden, options: SparseLLM
     if options.target == "block" and work.layout.additive:
         return inputs, work.waiting(out - residual for out, residual in zip(outputs, residuals, strict=True))
     with work.forwards("dense forward"):
-        return inputs, dense_targets(work, ffn_view(work), inputs)
+        return inputs, dense_targets(work, ffn_view(work, work.form), inputs)
 
 
 @contextmanager
@@ -122,16 +121,3 @@ def silenced(work: Work, inputs: Hidden) -> Iterator[None]:
             vars(linear)["forward"] = zeros(work.targets[name].shape[0])
             stack.callback(vars(linear).pop, "forward")
         yield
-
-
-def prune_ffn(work: Work, X: Hidden, Y: Hidden, options: SparseLLM) -> Refined:
-    """Hand the FFN and its tokens to the block solver and write what comes back."""
-    dense = ffn_view(work)
-    held = len(X) // HELD_OUT
-    train = HostTokens(X[held:], Y[held:], work.options.device)
-    test = HostTokens(X[:held] or X, Y[:held] or Y, work.options.device)
-    solver = Precise(options.inner, work)
-    with work.forwards("ffn"):
-        refined = closed_feedforward(dense, train, test, ffn_patterns(work), options, solver)
-    write_ffn(work, dense, refined)
-    return refined

@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from secateur.core.solvers import ADMM, Magnitude, Solver, SparseGPT, Wanda
-from secateur.pruning.closed import HELD_OUT
+from secateur.pruning.ffn import HELD_OUT
 from secateur.pruning.oneshot import ERROR_CHUNKS
 from secateur.pruning.work import PROBE_TOKENS
 

@@ -1,4 +1,4 @@
-"""The FFN of a block as SparseLLM sees it: matrices out of linears, tokens out of host memory, and back."""
+"""An FFN of a block, or an expert, as SparseLLM sees it: matrices out of linears, tokens out of memory, and back."""
 
 from collections.abc import Sequence
 
@@ -9,15 +9,18 @@ from secateur.core.activations import activation
 from secateur.core.feedforward import Affine, FeedForward
 from secateur.core.pattern import Stacked
 from secateur.core.solver import Pruned
-from secateur.core.sparsellm import Patterns, Refined
+from secateur.core.sparsellm import Patterns, Refined, SparseLLM, closed_feedforward
 from secateur.models.layout import FeedForwardForm, Half
 from secateur.pruning.hidden import Hidden
-from secateur.pruning.work import Work
+from secateur.pruning.work import Precise, Work
+
+HELD_OUT = 8
+"""One calibration chunk in so many is held out of the FFN's fits and judges its iterates; with fewer chunks than that
+they are judged on the chunks they were fitted on."""
 
 
-def ffn_view(work: Work) -> FeedForward:
-    """The block's FFN as matrices."""
-    form = work.form
+def ffn_view(work: Work, form: FeedForwardForm) -> FeedForward:
+    """An FFN of the block as matrices."""
 
     def affine(half: Half) -> Affine:
         linear = work.linear(half.linear)
@@ -62,20 +65,32 @@ def dense_targets(work: Work, dense: FeedForward, inputs: Hidden) -> Hidden:
     return work.waiting(output(X) for X in inputs)
 
 
+def prune_ffn(work: Work, form: FeedForwardForm, X: Hidden, Y: Hidden, options: SparseLLM) -> Refined:
+    """Closed mode on one FFN: hand it and its tokens to the block solver and write what comes back."""
+    dense = ffn_view(work, form)
+    held = len(X) // HELD_OUT
+    train = HostTokens(X[held:], Y[held:], work.options.device)
+    test = HostTokens(X[:held] or X, Y[:held] or Y, work.options.device)
+    solver = Precise(options.inner, work)
+    with work.forwards("ffn"):
+        refined = closed_feedforward(dense, train, test, ffn_patterns(work, form), options, solver)
+    write_ffn(work, form, dense, refined)
+    return refined
+
+
 def first_linears(form: FeedForwardForm) -> tuple[str, ...]:
     """The linears of gate and up, in stacked order; one where they are fused."""
     return tuple(dict.fromkeys(half.linear for half in (form.gate, form.up) if half))
 
 
-def ffn_patterns(work: Work) -> Patterns:
-    form = work.form
+def ffn_patterns(work: Work, form: FeedForwardForm) -> Patterns:
     first = tuple((work.targets[name].shape[0], work.targets[name].pattern) for name in first_linears(form))
     return Patterns(Stacked(first), work.targets[form.down].pattern)
 
 
-def write_ffn(work: Work, dense: FeedForward, refined: Refined) -> None:
+def write_ffn(work: Work, form: FeedForwardForm, dense: FeedForward, refined: Refined) -> None:
     """The FFN's matrices back into their linears, halves of a fused one put together again; one record each."""
-    form, ffn = work.form, refined.ffn
+    ffn = refined.ffn
     halves = [(form.up, dense.up.W, ffn.up.W)]
     if form.gate and dense.gate and ffn.gate:
         halves.append((form.gate, dense.gate.W, ffn.gate.W))

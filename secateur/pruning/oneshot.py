@@ -90,7 +90,7 @@ def prune_blocks(
             work.block.to("cpu")
             check_rows(name, len(windows), hidden)
             seconds = time.perf_counter() - start
-            linears, rounds = tuple(work.records.values()), rounds_of(refined)
+            linears, rounds = tuple(work.records.values()), (*work.expert_rounds, *rounds_of(refined))
             record = BlockRecord(index, name, seconds, error, work.dropped, linears, rounds, work.seconds)
             yield Finished(record, hidden)
 

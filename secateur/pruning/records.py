@@ -28,6 +28,8 @@ class RoundRecord:
     objective: float | None
     error: float
     chosen: bool
+    ffn: str = ""
+    """Which FFN of the block, where it is an expert's: "mlp.experts.3"."""
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ on, and a chunk visits it. Forwards and Gram products run at ``RunOptions.precis
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import ClassVar, Literal
 
@@ -20,9 +20,11 @@ from secateur.core.plan import Target
 from secateur.core.solver import LayerSolver, Needs, Pruned, relative_error
 from secateur.errors import ModelError
 from secateur.models.adapter import Call, DecoderAdapter, Linear
+from secateur.models.expert_layout import ExpertLayout, observe_experts, watchable
+from secateur.models.experts import ExpertLinear
 from secateur.models.layout import FeedForwardForm, Layout, observe
 from secateur.pruning.hidden import Budget, Hidden
-from secateur.pruning.records import LinearRecord
+from secateur.pruning.records import LinearRecord, RoundRecord
 
 PROBE_TOKENS = 64
 """Tokens on which the structure of a block is observed."""
@@ -59,20 +61,40 @@ class Work:
     seconds: dict[str, float] = field(default_factory=dict)
     records: dict[str, LinearRecord] = field(default_factory=dict)
     """By full name; the last solve of a linear is the one on record."""
+    expert_rounds: list[RoundRecord] = field(default_factory=list)
+    """Iterates of the experts' FFNs."""
 
     @cached_property
     def layout(self) -> Layout:
         """The structure of the block, observed on the first tokens of a row; ask before anything is written."""
-        row = next((row for rows in self.hidden for row in rows if torch.isfinite(row).all()), self.hidden[0][0])
-        probe = row[None, :PROBE_TOKENS].to(self.options.device)
+        probe = self._probe()
         return observe(self.adapter, self.index, probe, self.call(probe))
+
+    @cached_property
+    def experts(self) -> tuple[ExpertLayout, ...]:
+        """The same of the block's experts; none in an ordinary block."""
+        probe = self._probe()
+        return observe_experts(self.adapter, self.index, probe, self.call(probe))
+
+    def _probe(self) -> Float[Tensor, "1 S D"]:
+        row = next((row for rows in self.hidden for row in rows if torch.isfinite(row).all()), self.hidden[0][0])
+        return row[None, :PROBE_TOKENS].to(self.options.device)
+
+    @property
+    def has_ffn(self) -> bool:
+        """Some linears after the attention see every token; not so where experts are all there is."""
+        return not self.experts or any(group.part == "ffn" for group in self.layout.groups)
 
     @property
     def form(self) -> FeedForwardForm:
         """The form of the block's FFN; ModelError where SparseLLM knows none or the plan lacks a part."""
-        form, name = self.layout.ffn, self.adapter.block_names[self.index]
+        return self.checked(self.layout.ffn, self.layout.ffn_refusal)
+
+    def checked(self, form: FeedForwardForm | None, refusal: str | None) -> FeedForwardForm:
+        """The form of one FFN, if SparseLLM can prune it as a whole."""
+        name = self.adapter.block_names[self.index]
         if form is None:
-            raise ModelError(f"{name}: {self.layout.ffn_refusal}; prune it with a layer solver such as admm instead")
+            raise ModelError(f"{name}: {refusal}; prune it with a layer solver such as admm instead")
         wanted = {half.linear for half in (form.gate, form.up) if half} | {form.down}
         if missing := wanted - self.targets.keys():
             lacking = ", ".join(sorted(missing))
@@ -86,49 +108,62 @@ class Work:
     def block(self) -> nn.Module:
         return self.adapter.blocks[self.index]
 
+    @cached_property
+    def linears(self) -> dict[str, Linear]:
+        """All prunable linears of the block, planned or not."""
+        return self.adapter.linears(self.block)
+
     def linear(self, name: str) -> Linear:
-        linear = self.block.get_submodule(name)
-        assert isinstance(linear, Linear)
-        return linear
+        return self.linears[name]
 
     def call(self, rows: Float[Tensor, "B S D"]) -> Call:
         return self.adapter.calls(rows.shape[0], rows.shape[1])[self.index].to(self.options.device)
 
-    def run(self, rows: Float[Tensor, "B S D"], block: nn.Module | None = None) -> Float[Tensor, "B S D"]:
-        """Output of the block (or of another copy of it) for one chunk, back in host memory."""
+    def run(self, rows: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
+        """Output of the block for one chunk, back in host memory."""
         rows = rows.to(self.options.device)
         rounded = self.options.precision == "bfloat16" and rows.dtype == torch.float32
         with torch.autocast(rows.device.type, torch.bfloat16, enabled=rounded):
-            return self.adapter.replay(block or self.block, rows, self.call(rows)).to("cpu", rows.dtype)
+            return self.adapter.replay(self.block, rows, self.call(rows)).to("cpu", rows.dtype)
 
     def waiting(self, rows: Iterable[Tensor] = ()) -> Hidden:
         """A place for hidden states."""
         return Hidden(self.options.budget, rows)
 
-    def watched_pass(self, watchers: dict[nn.Module, Watcher], block: nn.Module | None = None) -> Hidden:
-        """Outputs of the block for all rows; each watcher gets its module's inputs.
+    def watched_pass(self, watchers: dict[nn.Module, Watcher]) -> Hidden:
+        """Outputs of the block for all rows; each watcher gets its module's inputs, if it is reached.
 
-        Rows whose output is not finite are dropped from ``hidden`` first, so that no watcher ever sees them.
+        Rows whose output is not finite are dropped from ``hidden`` first, and their chunk is run again without them, so
+        that no watcher ever sees them: not even behind a router, where nothing tells rows apart.
         """
         kept, outputs = self.waiting(), self.waiting()
         for index, rows in enumerate(self.hidden):
-            seen: dict[nn.Module, Tensor] = {}
-            with watching({module: partial(seen.__setitem__, module) for module in watchers}):
-                out = self.run(rows, block)
+            out, seen = self.watched(rows, watchers)
             finite = torch.isfinite(out).flatten(1).all(dim=1)
+            if not finite.any():
+                continue
             if finite.all():
                 kept.share(self.hidden, index)
-                outputs.append(out)
-            elif finite.any():
+            else:
                 kept.append(rows[finite])
-                outputs.append(out[finite])
-            if finite.any():
-                for module, watcher in watchers.items():
-                    inputs = seen[module].view(len(rows), -1, seen[module].shape[-1])
-                    watcher(inputs if finite.all() else inputs[finite.to(inputs.device)])
+                out, seen = self.watched(rows[finite], watchers)
+            outputs.append(out)
+            for module, inputs in seen.items():
+                watchers[module](inputs)
         self.dropped += sum(map(len, self.hidden)) - sum(map(len, kept))
         self.hidden = kept
         return outputs
+
+    def watched(
+        self, rows: Float[Tensor, "B S D"], watchers: Mapping[nn.Module, Watcher]
+    ) -> tuple[Tensor, dict[nn.Module, Tensor]]:
+        """Output of one chunk, and what the watched modules were given."""
+        seen: dict[nn.Module, Tensor] = {}
+        with (
+            watchable(self.experts) if any(isinstance(m, ExpertLinear) for m in watchers) else nullcontext(),
+            watching({module: partial(seen.__setitem__, module) for module in watchers}),
+        ):
+            return self.run(rows), seen
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -163,6 +198,13 @@ class Work:
                 note=after.note,
             )
 
+    def add_note(self, linears: Iterable[str], note: str) -> None:
+        """One more thing that a reader of these linears' records must know."""
+        for name in linears:
+            full_name = f"{self.adapter.block_names[self.index]}.{name}"
+            record = self.records[full_name]
+            self.records[full_name] = replace(record, note="; ".join(filter(None, (record.note, note))))
+
     def stacked(self, linears: tuple[str, ...]) -> tuple[Float[Tensor, "R C"], Stacked]:
         """Weights and patterns of linears that share their input."""
         W = torch.cat([self.adapter.read(self.linear(name)) for name in linears])
@@ -194,7 +236,7 @@ class Precise:
 
 
 @contextmanager
-def watching(inputs: dict[nn.Module, Watcher]) -> Iterator[None]:
+def watching(inputs: Mapping[nn.Module, Watcher]) -> Iterator[None]:
     """Hand every input of these modules to their watcher."""
 
     def hook(watcher: Watcher) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

@@ -2,7 +2,7 @@
 
     OUT.unfinished/
       run.json                     what is being done: recipe, fingerprints of model and tokens, versions
-      blocks/00007.safetensors     new weights of the block's planned linears; its record in the header
+      blocks/00007.safetensors     the block's parameters that hold planned linears; its record in the header
       hidden/00008-00000.safetensors ...    hidden states before the next block, in parts
       state.json                   the next block, and how many parts its hidden states have
       spill/                       hidden states that wait and find no room in memory
@@ -54,8 +54,8 @@ class Workdir:
     def keep(self, adapter: DecoderAdapter, plan: Plan, finished: Finished) -> None:
         """Make one finished block durable, then the state behind it."""
         record = finished.record
-        linears = adapter.linears(adapter.blocks[record.index])
-        weights = {name: linears[name].weight.detach().contiguous() for name in block_targets(plan, record.name)}
+        holders = adapter.holders(adapter.blocks[record.index], block_targets(plan, record.name))
+        weights = {name: parameter.detach().contiguous() for name, parameter in holders.items()}
         self._write(_block_file(record.index), weights, {"record": json.dumps(record.to_dict())})
         self._relocate(adapter, record.index, weights)
         number = record.index + 1
@@ -73,10 +73,9 @@ class Workdir:
         state, records = self._state(), []
         for index in range(state["next"]):
             weights, header = self._read(_block_file(index))
-            linears = adapter.linears(adapter.blocks[index])
             if not self._relocate(adapter, index, weights):
                 for name, weight in weights.items():
-                    linears[name].weight.detach().copy_(weight)
+                    adapter.blocks[index].get_parameter(name).detach().copy_(weight)
             records.append(block_record(json.loads(header["record"])))
         if not records:
             return [], None
@@ -106,7 +105,7 @@ class Workdir:
         if not is_offloaded(adapter.model):
             return False
         block = adapter.block_names[index]
-        relocate(adapter.model, self.path / _block_file(index), {f"{block}.{name}.weight": name for name in names})
+        relocate(adapter.model, self.path / _block_file(index), {f"{block}.{name}": name for name in names})
         return True
 
     def remove(self) -> None:

@@ -21,6 +21,7 @@ from secateur.report.jsonable import dumps
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
     from secateur.core.plan import Plan
     from secateur.pruning.oneshot import BlockRecord
@@ -65,17 +66,20 @@ def read_records(folder: Path) -> list["BlockRecord"]:
     return [block_record(json.loads(line)) for line in lines]
 
 
-def promises_of(model: "nn.Module", plan: "Plan") -> dict[str, Any]:
-    """What the saved weights will be held to. Any linear that is not nn.Linear (Conv1D) is stored as (in, out)."""
-    from torch import nn
+def promises_of(model: "PreTrainedModel", plan: "Plan") -> dict[str, Any]:
+    """What the saved weights will be held to, by the names and parts in which they are stored.
 
-    linears = {
-        f"{name}.weight": {
-            "pattern": pattern_to_dict(target.pattern),
-            "transposed": not isinstance(model.get_submodule(name), nn.Linear),
-        }
-        for name, target in plan.items()
-    }
+    Any linear that is neither an nn.Linear nor a part of fused experts (so a Conv1D) is stored as (in, out).
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    from secateur.models.stored import stored
+
+    transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    linears = {}
+    for name, (tensor, part) in stored(model, plan).items():
+        entry = {"pattern": pattern_to_dict(plan[name].pattern), "transposed": name in transposed}
+        linears |= {name: {**entry, "part": {"of": tensor, "at": part}}} if part else {tensor: entry}
     return {"linears": linears, "tied": _tied(model)}
 
 

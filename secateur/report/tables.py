@@ -67,6 +67,7 @@ def prune_summary(report: dict[str, Any]) -> list[RenderableType]:
         "pruned": f"{report['linears']} linears in {blocks['pruned']} of {blocks['total']} blocks,"
         f" {report['weights']:,} weights",
         "sparsity": _sparsity(report),
+        **_left_alone(report["left_alone"]),
         "text": f"{text_name(data['name'])}, {data['samples']} x {data['seq_len']} tokens, seed {report['seed']}",
         "output error": _output_error(report["output_error"]),
         "dropped rows": str(report["dropped_rows"]),
@@ -90,6 +91,11 @@ def skipped_lines(skipped: Sequence[dict[str, Any]]) -> str:
 def _sparsity(report: dict[str, Any]) -> str:
     asked, got = report["sparsity"]["requested"], report["sparsity"]["achieved"]
     return f"{percent(asked)} asked, {percent(got)} achieved"
+
+
+def _left_alone(names: Sequence[str]) -> dict[str, str]:
+    """Said only of models that have a router."""
+    return {"left alone": f"{len(names)} routers and gates of experts, the first {names[0]}"} if names else {}
 
 
 def _output_error(error: dict[str, float] | None) -> str:

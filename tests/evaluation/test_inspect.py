@@ -190,3 +190,75 @@ def test_damaged_directories_are_one_line(pruned, damage, message):
 def test_missing_directory(tmp_path):
     with pytest.raises(ArtefactError, match="no directory"):
         inspect(tmp_path / "gone")
+
+
+# ---- one expert of a stack
+
+
+def promise_parts(directory, parts, tensor="experts.gate_up_proj"):
+    """Promise NM(2, 4) of ``{name: place}`` in one stored tensor."""
+    (directory / "secateur").mkdir(exist_ok=True)
+    entries = {
+        name: {"pattern": pattern_to_dict(NM(2, 4)), "transposed": False, "part": {"of": tensor, "at": at}}
+        for name, at in parts.items()
+    }
+    (directory / "secateur" / "promise.json").write_text(json.dumps({"linears": entries, "tied": []}))
+
+
+PARTS = {f"experts.{e}.{part}": [e, 6 * i, 6 * i + 6] for e in range(3) for i, part in enumerate(("gate", "up"))}
+
+
+@pytest.fixture
+def stack(tmp_path):
+    W = torch.rand(36, 8) + 0.1
+    W = (W * keep_mask(W, NM(2, 4))).view(3, 12, 8)
+    save_file({"experts.gate_up_proj": W}, tmp_path / "model.safetensors")
+    promise_parts(tmp_path, PARTS)
+    return tmp_path
+
+
+def test_each_matrix_of_a_stack_is_a_row_with_its_own_promise(stack):
+    report = inspect(stack, baseline={"experts.gate_up_proj": torch.ones(3, 12, 8)})
+    assert report.broken == []
+    assert [(row.name, row.shape, row.sparsity, row.ok) for row in report.rows] == [
+        (name, (6, 8), 0.5, True) for name in PARTS
+    ]
+    assert (report.weights, report.zeros, report.tensors) == (288, 144, 1)
+
+
+def test_a_broken_promise_inside_a_stack_is_named(stack):
+    def change(W):
+        W[2, 7, :3] = 1
+        W[0, 0] = torch.where(W[0, 0] == 0, -0.0, W[0, 0])
+        return W
+
+    edit(stack, "experts.gate_up_proj", change)
+    assert inspect(stack).broken == [
+        "experts.0.gate: 4 zeros are -0.0; write +0.0",
+        "experts.2.up: 1 of 12 groups of 4 hold more than 2 weights",
+    ]
+
+
+def test_what_is_not_promised_of_a_stack_must_be_the_baselines(stack):
+    dense = {"experts.gate_up_proj": load_file(stack / "model.safetensors")["experts.gate_up_proj"].clone()}
+    promise_parts(stack, {name: at for name, at in PARTS.items() if at[0] != 1})
+    edit(stack, "experts.gate_up_proj", lambda W: W.index_fill(0, torch.tensor(0), 0.0))
+    assert inspect(stack, baseline=dense).broken == []
+    edit(stack, "experts.gate_up_proj", lambda W: W.index_fill(0, torch.tensor(1), 0.0))
+    assert inspect(stack, baseline=dense).broken == ["experts.gate_up_proj: outside the plan, yet not the baseline's"]
+
+
+@pytest.mark.parametrize("at", [[3, 0, 6], [0, 6, 13], [0, 6]])
+def test_a_part_that_is_not_there_is_broken(stack, at):
+    promise_parts(stack, {"experts.0.gate": at})
+    dense = {"experts.gate_up_proj": torch.ones(3, 12, 8)}
+    assert inspect(stack, baseline=dense).broken == [
+        f"experts.0.gate: stored with shape (3, 12, 8), a part at {at} was promised"
+    ]
+
+
+def test_a_part_of_a_larger_matrix(tmp_path):
+    W = torch.cat([torch.ones(4, 8), torch.zeros(4, 8)])
+    save_file({"gate_up": W}, tmp_path / "model.safetensors")
+    promise_parts(tmp_path, {"gate": [0, 4], "up": [4, 8]}, tensor="gate_up")
+    assert [row.ok for row in inspect(tmp_path).rows] == [False, True]

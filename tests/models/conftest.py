@@ -50,7 +50,6 @@ TINY = {
     "neox": (transformers.GPTNeoXConfig, WIDE),
     "olmo2": (transformers.Olmo2Config, GROUPED),
     "bloom": (transformers.BloomConfig, {"vocab_size": 64, "hidden_size": 32, "n_layer": 3, "n_head": 4}),
-    "mixtral": (transformers.MixtralConfig, GROUPED | {"num_local_experts": 4}),
 }
 
 
