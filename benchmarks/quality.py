@@ -182,7 +182,7 @@ def run(only: str, limit: int | None, part: str) -> None:
 
 def table() -> None:
     done = finished()
-    base = done.get(Case("dense", "0%", windows="all+20").key)
+    base = row_of(done, "dense", "0%")
     for name, title in (("wikitext2", "WikiText-2, first 40 windows"), ("c4", "C4 validation, first 20 windows")):
         print(f"\n{title}" + (f"; dense {base[name]['ppl']:.2f}" if base else "") + "\n")
         print("| method | " + " | ".join(PATTERNS) + " |\n| --- |" + " ---: |" * len(PATTERNS))
