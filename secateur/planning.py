@@ -21,16 +21,17 @@ from secateur.config import PruneConfig
 from secateur.core.sparsellm import SparseLLM
 from secateur.data.sources import KNOWN, parse_hub, read_texts
 from secateur.data.tokens import check_seq_len
-from secateur.errors import ModelError
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.load import Loaded
+from secateur.models.offload import stays_on_disk
 from secateur.models.outline import Outline, outline
 from secateur.models.skeleton import skeleton
 from secateur.pruning.cost import BlockShape, Cost, Run, Shared, forward
 from secateur.pruning.cost_sparsellm import block_stages
 from secateur.pruning.footprint import footprint
-from secateur.pruning.rates import Probe, Rates, measure
+from secateur.pruning.rates import HEAD, Probe, Rates, measure
 from secateur.pruning.selection import Selection, linear_shapes
+from secateur.pruning.work import check_whole
 from secateur.report.progress import Progress, Silent
 from secateur.report.runtimes import ALTERNATIVES, bits_per_weight, runtimes_for, warnings_for
 from secateur.runs import resolve_device, resolve_precision, select_linears
@@ -65,7 +66,8 @@ class PlanReport:
     stages: list[dict[str, Any]]
     """One row per stage: name, operations, bytes, seconds."""
     seconds: dict[str, float]
-    """load, prune, save, total on an idle machine; busy: total with the load that it has now."""
+    """load, prune, keep (finished blocks and hidden states, on disk), save and total on an idle machine; busy: the
+    total with the load that it has now."""
     rates: dict[str, float]
     """Measured here and now, see ``pruning.rates.Rates``."""
     memory: dict[str, dict[str, float]]
@@ -98,6 +100,12 @@ class Subject:
     def bytes(self) -> int:
         return self.parameters * self.dtype.itemsize
 
+    @property
+    def outside_blocks(self) -> int:
+        """Bytes of embeddings, last norm and head."""
+        inside = sum(p.numel() for block in self.adapter.blocks for p in block.parameters())
+        return (self.parameters - inside) * self.dtype.itemsize
+
 
 def plan(
     model: "Source", config: PruneConfig, data: str | None = None, *, progress: Progress | None = None
@@ -106,7 +114,7 @@ def plan(
     config, told = replace(config, data=data or config.data), progress or Silent()
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    config = replace(config, device=device, precision=precision)  # type: ignore[arg-type]
+    config = replace(config, device=device, precision=precision)
     check_data(config.data)
     told.stage("read the config and the headers")
     with subject_of(model, config) as subject:
@@ -154,7 +162,8 @@ def block_shapes(adapter: DecoderAdapter, selection: Selection, config: PruneCon
         roles = known[likeness] if likeness in known else outline(adapter, index)
         known[likeness] = roles
         planned = {key for key in linears if f"{name}.{key}" in selection.plan}
-        check_whole(name, roles, planned, config)
+        if isinstance(config.method, SparseLLM) and planned:
+            check_whole(name, {*roles.first, roles.down} - {None}, planned)
         shapes.append(block_shape(roles, linears, planned))
     return shapes
 
@@ -173,23 +182,12 @@ def block_shape(roles: Outline, linears: dict[str, tuple[int, int]], planned: se
     )
 
 
-def check_whole(block: str, roles: Outline, planned: set[str], config: PruneConfig) -> None:
-    """SparseLLM needs all of an FFN; the run itself would say so after loading."""
-    whole = {*roles.first, roles.down} - {None}
-    lacking = sorted(str(name) for name in whole - planned)
-    if isinstance(config.method, SparseLLM) and planned and lacking:
-        raise ModelError(
-            f"{block}: SparseLLM prunes an FFN as a whole, but the plan lacks {', '.join(lacking)}; let include and "
-            "ignore keep all of it, or choose a layer solver such as admm"
-        )
-
-
 def probe_of(subject: Subject, config: PruneConfig, shapes: list[BlockShape], run: Run) -> Probe:
     largest = max(shapes, key=lambda shape: sum(group.size for group in shape.groups))
     settings = subject.adapter.model.config
     heads = getattr(settings, "num_attention_heads", None)
     width = largest.out.columns if largest.out else None
-    head = width // heads if isinstance(heads, int) and heads and width and width % heads == 0 else 64
+    head = width // heads if isinstance(heads, int) and heads and width and width % heads == 0 else HEAD
     device, precision = str(config.device), "bfloat16" if config.precision == "bfloat16" else "float32"
     return Probe(largest, run, config.target, device, precision, subject.dtype, head)
 
@@ -201,6 +199,7 @@ def report(
     subject: Subject, config: PruneConfig, selection: Selection, shapes: list[BlockShape], run: Run, rates: Rates
 ) -> PlanReport:
     stages = stage_rows(shapes, config, run, rates)
+    held = memory(subject, config, selection.plan.size, shapes, run)
     chosen, pattern = selection.plan, config.target
     model = subject.adapter.model
     return PlanReport(
@@ -218,9 +217,9 @@ def report(
         sparsity={"planned": chosen.sparsity, "model": chosen.sparsity * chosen.size / subject.parameters},
         blocks={"pruned": sum(shape.planned for shape in shapes), "total": len(shapes)},
         stages=stages,
-        seconds=total_seconds(subject, stages, rates),
+        seconds=total_seconds(subject, stages, rates, held["disk"]),
         rates=rates.to_dict(),
-        memory=memory(subject, config, shapes, run),
+        memory=held,
         result=result(subject, selection, config),
         runtimes=[row.to_dict() for row in runtimes_for(pattern)],
         warnings=warnings_for(pattern, subject.parameters) + unknown_roles(shapes, config),
@@ -265,28 +264,48 @@ def stage_rows(shapes: list[BlockShape], config: PruneConfig, run: Run, rates: R
     ]
 
 
-def total_seconds(subject: Subject, stages: list[dict[str, Any]], rates: Rates) -> dict[str, float]:
-    """Loading reads the checkpoint (GGUF: parses it), saving writes the model and inspecting reads it again."""
+def total_seconds(
+    subject: Subject, stages: list[dict[str, Any]], rates: Rates, disk: dict[str, float]
+) -> dict[str, float]:
+    """Loading reads the checkpoint (GGUF: parses it), every finished block is kept with the hidden states behind it,
+    saving writes the model and inspecting reads it again."""
     load = (subject.file_bytes or subject.bytes) / (GGUF_PARSE_BYTES if subject.gguf else rates.disk)
     save = 2 * subject.bytes / rates.disk
     prune = sum(row["seconds"] for row in stages)
-    total = load + prune + save
-    return {"load": load, "prune": prune, "save": save, "total": total, "busy": total * rates.slowdown}
+    keep = (disk["finished blocks"] + len(subject.adapter.blocks) * disk["hidden states"] / 2) / rates.disk
+    total = load + prune + keep + save
+    return {"load": load, "prune": prune, "keep": keep, "save": save, "total": total, "busy": total * rates.slowdown}
 
 
-def memory(subject: Subject, config: PruneConfig, shapes: list[BlockShape], run: Run) -> dict[str, dict[str, float]]:
-    """Peaks of host, device and disk. What this process holds now stands for interpreter and libraries of the run."""
+def memory(
+    subject: Subject, config: PruneConfig, weights: int, shapes: list[BlockShape], run: Run
+) -> dict[str, dict[str, float]]:
+    """Peaks of host, device and disk, where the result goes to a directory.
+
+    What this process holds now stands for interpreter and libraries of the run. A block is counted apart from the model
+    where it is elsewhere: on a device, or brought from disk. Until the result is complete the disk holds the finished
+    blocks, the hidden states twice while those of the next block replace them, and what finds no room in memory.
+    """
     parts = max(
         (footprint(shape, config.method, run, subject.dtype.itemsize) for shape in shapes if shape.planned),
         key=lambda f: f.hidden + f.work,
     )
-    host = {"interpreter": float(psutil.Process().memory_info().rss), "model": float(subject.bytes)}
+    lazy = stays_on_disk(config.offload, subject.file_bytes or 0, gguf=subject.gguf)
+    host = {"interpreter": float(psutil.Process().memory_info().rss)}
+    host["outside the blocks" if lazy else "model"] = float(subject.outside_blocks if lazy else subject.bytes)
     named = parts.to_dict()
-    hidden = {"hidden": named.pop("hidden")}
-    host |= {**hidden, **named} if config.device == "cpu" else hidden
+    waiting, state = named.pop("hidden"), named.pop("state")
+    kept = min(waiting, config.hidden_memory * 1e9)
+    near = {name: size for name, size in named.items() if name != "block" or lazy} if config.device == "cpu" else {}
+    host |= {"hidden": kept, **near}
     device = {} if config.device == "cpu" else named
-    loading = host["interpreter"] + host["model"] + (subject.file_bytes or 0 if subject.gguf else 0)
-    disk = {"model": float(subject.bytes)}
+    loading = sum(list(host.values())[:2]) + (subject.file_bytes or 0 if subject.gguf else 0)
+    disk = {
+        "model": float(subject.bytes),
+        "finished blocks": float(weights * subject.dtype.itemsize),
+        "hidden states": 2 * state,
+        "spilled": waiting - kept,
+    }
     return {
         "host": {**host, "peak": max(sum(host.values()), loading)},
         "device": {**device, "peak": sum(device.values())},

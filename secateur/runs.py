@@ -102,8 +102,9 @@ class Run:
                 "a model whose blocks stay on disk needs an OUT to be pruned to; give one, or offload='off'"
             )
         self.verify()
-        records = self.blocks(None)
-        return PruneResult(self.loaded.model, self.loaded.tokenizer, records, self.report(records))
+        budget = Budget()
+        records = self.blocks(budget)
+        return PruneResult(self.loaded.model, self.loaded.tokenizer, records, self.report(records, budget))
 
     def into(self, out: Path, resume: bool) -> PruneResult:
         """Prune, save, open what was saved again, check it; all or nothing at ``out``."""
@@ -111,10 +112,11 @@ class Run:
             self.verify()
             before = work.kept
             clear_leftovers(out)
-            records = self.blocks(work)
+            budget = work.budget(int(self.config.hidden_memory * 1e9))
+            records = self.blocks(budget, work)
             with staged(out, overwrite=True) as folder:
                 self.save(folder, records)
-                report = self.report(records) | {"out": str(out), "resumed_after_blocks": before}
+                report = self.report(records, budget) | {"out": str(out), "resumed_after_blocks": before}
                 write_report(folder / "secateur", report)
             clear_leftovers(out)
         if is_offloaded(self.loaded.model):  # what it read from is gone
@@ -125,13 +127,11 @@ class Run:
         with self.watch.stage("verify", "compare a replay of the blocks with the model"):
             self.adapter.verify(self.windows[:1, :PROBE_TOKENS])
 
-    def blocks(self, work: Workdir | None) -> list[BlockRecord]:
+    def blocks(self, budget: Budget, work: Workdir | None = None) -> list[BlockRecord]:
         """Prune block by block, from where the run stands."""
-        budget = work.budget(int(self.config.hidden_memory * 1e9)) if work else Budget()
         records, state = work.restore(self.adapter, budget) if work else ([], None)
-        options = RunOptions(
-            self.config.device, self.config.batch, resolve_precision(self.config.precision, self.config.device)
-        )
+        precision = resolve_precision(self.config.precision, self.config.device)
+        options = RunOptions(self.config.device, self.config.batch, precision, budget)
         with self.watch.stage("prune", f"prune, going on after {len(records)} blocks" if records else "prune"):
             for finished in prune_blocks(self.adapter, self.windows, self.plan, self.config.method, options, state):
                 if work:
@@ -157,12 +157,13 @@ class Run:
         if broken:
             raise ArtefactError(f"the saved model breaks {len(broken)} promises, the first: {broken[0]}")
 
-    def report(self, records: list[BlockRecord]) -> dict[str, Any]:
+    def report(self, records: list[BlockRecord], budget: Budget) -> dict[str, Any]:
         """All that ``report.json`` holds; seconds and memory are those of this process."""
         blocks = len(self.adapter.blocks)
         report = _report(self.loaded, self.config, self.plan, records, self.texts, blocks)
         report["left_alone"] = self.adapter.left_alone()
         report["skipped"] = [row.to_dict() for row in self.selection.skipped]
+        report["hidden_states"] = {"memory_peak": budget.peak_used, "disk_peak": budget.peak_spilled}
         seconds = {**self.watch.seconds, "total": self.watch.total}
         return report | {"out": None, "seconds": seconds, "peak_memory_bytes": peak_memory()}
 
@@ -243,7 +244,7 @@ def _report(
     }
 
 
-def resolve_device(device: Device) -> str:
+def resolve_device(device: Device) -> Literal["cpu", "cuda"]:
     """What ``auto`` means here; DeviceError where the device asked for is not."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

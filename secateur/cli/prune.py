@@ -14,7 +14,6 @@ from secateur.errors import UsageError
 @click.argument("model", required=False)
 @recipe_options
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to write; not one of yours.")
-@click.option("--offload", type=click.Choice(["auto", "on", "off"]), help="Leave blocks on disk.  [default: auto]")
 @click.option("--resume", is_flag=True, help="Go on with a run to the same OUT that was stopped.")
 @json_option
 @debug_option

@@ -26,6 +26,7 @@ OPTIONS = (
     click.option("--ignore", multiple=True, metavar="REGEX", help="Leave linears whose name it matches; repeatable."),
     device_option,
     dtype_option,
+    click.option("--offload", type=click.Choice(["auto", "on", "off"]), help="Leave blocks on disk.  [default: auto]"),
     click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with any of these; flags win over it."),
     click.option(
         "--set", "sets", multiple=True, metavar="A.B=C", help="Change any recipe key: --set method.inner=admm"

@@ -172,11 +172,10 @@ class DecoderAdapter:
         return [f"{name}.{p}" for name, block in pairs for experts in self.experts(block) for p in experts.left_alone]
 
     def holders(self, block: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
-        """The block's parameters that hold these linears, by their name inside the block."""
+        """The block's parameters that hold these linears, by their name inside it. KeyError for an unknown one."""
         linears = self.linears(block)
-        found = {
-            id(one.holder if isinstance(one, ExpertLinear) else one.weight) for one in map(linears.get, names) if one
-        }
+        chosen = [linears[name] for name in names]
+        found = {id(one.holder if isinstance(one, ExpertLinear) else one.weight) for one in chosen}
         return {name: parameter for name, parameter in block.named_parameters() if id(parameter) in found}
 
     def shape(self, linear: Linear) -> tuple[int, int]:

@@ -67,16 +67,6 @@ def watchable(layouts: tuple[ExpertLayout, ...]) -> Iterator[None]:
         yield
 
 
-def describe_experts(layout: ExpertLayout) -> str:
-    """One line: "8 experts gate_proj+up_proj > down_proj, silu(gate) * up"."""
-    member = layout.members[0]
-    groups = " > ".join("+".join(name.rpartition(".")[2] for name in linears) for linears in member.groups)
-    said = f"{len(layout.members)} experts {groups}"
-    if member.ffn is None:
-        return f"{said} ({member.refusal})"
-    return f"{said}, {member.ffn.activation}({'gate) * up' if member.ffn.gate else 'up)'}"
-
-
 def observe_experts(
     adapter: DecoderAdapter, index: int, hidden: Float[Tensor, "B S D"], call: Call
 ) -> tuple[ExpertLayout, ...]:

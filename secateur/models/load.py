@@ -33,7 +33,7 @@ from transformers import (
 
 from secateur.errors import ModelError
 from secateur.models.gguf_once import parsed_once
-from secateur.models.offload import disk_map, exceeds_memory, return_freed_memory, weights
+from secateur.models.offload import disk_map, return_freed_memory, stays_on_disk, weight_bytes, weights
 from secateur.models.quiet import quiet
 from secateur.models.save import forget_gguf
 
@@ -174,14 +174,18 @@ def _refuse_incomplete(path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def _model(place: Place, source: str, dtype: str | torch.dtype, offload: str) -> PreTrainedModel:
+def _model(
+    place: Place, source: str, dtype: str | torch.dtype, offload: Literal["auto", "on", "off"]
+) -> PreTrainedModel:
     more: dict[str, Any]
-    if "gguf_file" in place.options:
+    folder, gguf = Path(place.name), "gguf_file" in place.options
+    lazy = stays_on_disk(offload, weight_bytes(folder) if folder.is_dir() else 0, gguf=gguf)
+    if gguf:
         more = {"quantization_config": GgufConfig(gguf_file=place.options["gguf_file"], dequantize=True)}
     else:
         config = read_config(place, source)
         more = {"config": config}
-        if offload == "on" or (offload == "auto" and Path(place.name).is_dir() and exceeds_memory(Path(place.name))):
+        if lazy:
             return_freed_memory()
             more |= {"device_map": disk_map(config), "offload_folder": _scratch()}
     loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import psutil
 import torch
@@ -22,7 +22,7 @@ from accelerate.utils import OffloadedWeightsLoader, set_module_tensor_to_device
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from secateur.errors import ModelError
+from secateur.errors import ModelError, UsageError
 
 M_MMAP_THRESHOLD = -3
 """glibc's number for the size from which memory is taken from the system and given back alone."""
@@ -30,10 +30,17 @@ MEMORY_SHARE = 0.5
 """Of the memory that is free: a checkpoint larger than that is not loaded as a whole."""
 
 
-def exceeds_memory(folder: Path) -> bool:
-    """Whether the weights of a directory are too large to be loaded as a whole."""
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return size > MEMORY_SHARE * psutil.virtual_memory().available
+def stays_on_disk(offload: Literal["auto", "on", "off"], size: int, *, gguf: bool = False) -> bool:
+    """Whether the blocks of a checkpoint of so many bytes are left in its files; a GGUF file's never are."""
+    if gguf:
+        if offload == "on":
+            raise UsageError("--offload on, but a GGUF file can only be read as a whole; give a directory, or use auto")
+        return False
+    return offload == "on" or (offload == "auto" and size > MEMORY_SHARE * psutil.virtual_memory().available)
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def disk_map(config: PretrainedConfig) -> dict[str, str]:

@@ -27,13 +27,20 @@ def closed(work: Work, options: SparseLLM) -> Refined | None:
     """Prune one block; returns what the FFN went through that sees every token, if there is one."""
     form = work.form if work.has_ffn else None  # refused here, before any work
     experts = expert_forms(work)
-    outputs, attended = attention_inputs(work, options)
-    attention_output(work, attended, options)
+    outputs = attention(work, options)
     closed_experts(work, experts, options)
     if form is None:
         return None
     X, Y = ffn_tokens(work, outputs, options)
+    del outputs  # as large as what the FFN is fitted on
     return prune_ffn(work, form, X, Y, options)
+
+
+def attention(work: Work, options: SparseLLM) -> Hidden:
+    """Prune the attention; the dense block's outputs."""
+    outputs, attended = attention_inputs(work, options)
+    attention_output(work, attended, options)
+    return outputs
 
 
 def attention_inputs(work: Work, options: SparseLLM) -> tuple[Hidden, Hidden]:
@@ -93,12 +100,15 @@ def attention_output(work: Work, attended: Hidden, options: SparseLLM) -> None:
 
 def ffn_tokens(work: Work, outputs: Hidden, options: SparseLLM) -> tuple[Hidden, Hidden]:
     """Inputs X of the FFN behind the pruned attention, and the targets Y that it is fitted to."""
-    inputs, residuals = work.waiting(), work.waiting()
+    inputs, targets = work.waiting(), work.waiting()
+    absorbs = options.target == "block" and work.layout.additive
     with work.forwards("attention forward"), silenced(work, inputs):
-        for rows in work.hidden:
-            residuals.append(work.run(rows))
-    if options.target == "block" and work.layout.additive:
-        return inputs, work.waiting(out - residual for out, residual in zip(outputs, residuals, strict=True))
+        for rows, output in zip(work.hidden, outputs, strict=True):
+            residual = work.run(rows)
+            if absorbs:
+                targets.append(output - residual)
+    if absorbs:
+        return inputs, targets
     with work.forwards("dense forward"):
         return inputs, dense_targets(work, ffn_view(work, work.form), inputs)
 

@@ -1,8 +1,9 @@
 """What a run holds in memory at its fullest moment, from shapes alone: named bytes of host and device.
 
-The hidden states are counted as the code holds them. Layer by layer: the block's inputs, twice the copy without
-non-finite rows, and the outputs. Closed mode: inputs, their copy, dense outputs, attention inputs, FFN inputs, residual
-stream and targets; paper mode keeps FFN inputs and targets and, two generations at a time, z and s of every token.
+The hidden states are counted as the code holds them, all rows finite. Layer by layer: inputs and outputs of the block.
+Closed mode: inputs, dense outputs, inputs and targets of the FFN; or before that inputs, dense outputs and what enters
+the output projection, where that is wider. Paper mode: inputs, inputs and targets of the FFN, and on the device, two
+generations at a time, z and s of every token.
 
 T = calibration tokens, D = hidden size, K = inner size of the FFN, R = out_features, C = in_features.
 """
@@ -14,8 +15,10 @@ from secateur.core.sparsellm import SparseLLM
 from secateur.pruning.cost import FLOAT32, BlockShape, Run, Shared
 from secateur.pruning.work import PROBE_TOKENS
 
-COPIES = {"layerwise": 4.0, "paper": 4.0, "closed": 7.0}
+COPIES = {"layerwise": 2, "paper": 3, "closed": 4}
 """Tensors of T x D that wait in host memory at one time."""
+FFN_COPIES = 3
+"""Of an FFN's matrices in float32 while SparseLLM works on it: dense, best so far, candidate."""
 SOLVE_FLOATS: dict[type[Solver], tuple[int, int]] = {Magnitude: (0, 4), Wanda: (0, 5), SparseGPT: (3, 5), ADMM: (4, 8)}
 """(C x C, R x C) float32 matrices inside a solve, its argument W and the result's copies included."""
 
@@ -26,10 +29,14 @@ class Footprint:
 
     hidden: float
     """Hidden states of all tokens, where they wait: host memory."""
+    state: float
+    """Those that a block begins with, a part of ``hidden``."""
     carried: float
     """Paper mode's z and s, on the device."""
     block: float
-    """The block at work, and closed mode's dense copy of it."""
+    """The block at work."""
+    copies: float
+    """Of its FFN, SparseLLM's."""
     moments: float
     """Gram matrices and cross moments."""
     solve: float
@@ -40,7 +47,7 @@ class Footprint:
     @property
     def work(self) -> float:
         """What is where the block is."""
-        return self.carried + self.block + self.moments + self.solve + self.chunk
+        return self.carried + self.block + self.copies + self.moments + self.solve + self.chunk
 
     def to_dict(self) -> dict[str, float]:
         return {name: float(value) for name, value in vars(self).items()}
@@ -55,16 +62,26 @@ def footprint(shape: BlockShape, method: Solver | SparseLLM, run: Run, itemsize:
     mode, solver = mode_of(method), method.inner if isinstance(method, SparseLLM) else method
     if method.needs == "nothing":
         run = run._replace(samples=1, seq_len=min(run.seq_len, PROBE_TOKENS))
-    weights = sum(group.size for group in shape.groups) * itemsize
-    carries = mode == "paper" and isinstance(method, SparseLLM) and method.iterations > 1 and shape.first
+    ffn = (shape.first.size if shape.first else 0) + (shape.down.size if shape.down else 0)
+    rounds = isinstance(method, SparseLLM) and (mode == "closed" or method.iterations > 1)
+    carries = mode == "paper" and rounds and shape.first
     return Footprint(
-        hidden=COPIES[mode] * run.tokens * shape.hidden * itemsize,
+        hidden=waiting(shape, mode, rounds) * run.tokens * itemsize,
+        state=run.tokens * shape.hidden * itemsize,
         carried=2 * FLOAT32 * run.tokens * shape.first.rows if carries and shape.first else 0.0,
-        block=weights * (2 if mode == "closed" else 1),
+        block=sum(group.size for group in shape.groups) * itemsize,
+        copies=FFN_COPIES * FLOAT32 * ffn if rounds else 0.0,
         moments=moments(shape, solver, mode),
         solve=max((solve_bytes(solver, group) for group in shape.groups if group.planned), default=0.0),
         chunk=chunk_bytes(shape, run, mode),
     )
+
+
+def waiting(shape: BlockShape, mode: str, rounds: bool) -> int:
+    """Hidden values of a token that wait at the fullest moment."""
+    width = COPIES[mode if rounds else "layerwise"] * shape.hidden
+    entering = shape.out.columns if mode == "closed" and shape.out and shape.out.planned else 0
+    return max(width, 2 * shape.hidden + entering)
 
 
 def moments(shape: BlockShape, solver: Solver, mode: str) -> float:

@@ -18,28 +18,39 @@ from torch import Tensor
 
 
 class Budget:
-    """Bytes of host memory for waiting hidden states, and the folder for those that do not fit (None = no limit)."""
+    """Bytes of host memory for waiting hidden states, and the folder for those that do not fit (None = no limit).
+
+    ``used`` and ``spilled`` are bytes that wait now in memory and in files, the peaks the most that ever did.
+    """
 
     def __init__(self, limit: int = 0, folder: Path | None = None) -> None:
         self.limit, self.folder = limit, folder
-        self.used = 0
+        self.used = self.spilled = 0
+        self.peak_used = self.peak_spilled = 0
 
     def place(self, rows: Float[Tensor, "B S D"]) -> "Chunk":
         """The chunk, in memory where there is room, else in a file."""
         size = rows.numel() * rows.element_size()
         if self.folder is None or self.used + size <= self.limit:
-            self.used += size
+            self._count(size, 0)
             chunk = Chunk(rows)
-            weakref.finalize(chunk, self._release, size)
+            weakref.finalize(chunk, self._count, -size, 0)
             return chunk
         path = self.folder / f"{uuid4().hex}.safetensors"
         save_file({"rows": rows.contiguous()}, path)
+        self._count(0, size)
         chunk = Chunk(path)
-        weakref.finalize(chunk, path.unlink, missing_ok=True)
+        weakref.finalize(chunk, self._remove, path, size)
         return chunk
 
-    def _release(self, size: int) -> None:
-        self.used -= size
+    def _remove(self, path: Path, size: int) -> None:
+        path.unlink(missing_ok=True)
+        self._count(0, -size)
+
+    def _count(self, used: int, spilled: int) -> None:
+        self.used += used
+        self.spilled += spilled
+        self.peak_used, self.peak_spilled = max(self.peak_used, self.used), max(self.peak_spilled, self.spilled)
 
 
 class Chunk:

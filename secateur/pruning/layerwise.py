@@ -64,7 +64,8 @@ def observe(
     for module, watcher in also.items():
         watchers[module] = both(watchers[module], watcher) if module in watchers else watcher
     with work.forwards("observe"):
-        work.watched_pass(watchers)
+        for _ in work.outputs(watchers):
+            pass
         return top_up(work, sums, pools)
 
 

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from secateur.core.pattern import Pattern
 from secateur.core.plan import Plan, Target
 from secateur.core.solvers import Solver
 from secateur.core.sparsellm import Refined, SparseLLM
@@ -50,15 +49,6 @@ class Finished(NamedTuple):
     record: BlockRecord
     hidden: Hidden
     """Inputs of the block after it."""
-
-
-def uniform_plan(adapter: DecoderAdapter, pattern: Pattern, blocks: Sequence[int]) -> Plan:
-    """Every linear of these blocks to the same pattern. ValueError where a shape cannot carry it."""
-    targets = {}
-    for index in blocks:
-        for name, linear in adapter.linears(adapter.blocks[index]).items():
-            targets[f"{adapter.block_names[index]}.{name}"] = Target(adapter.shape(linear), pattern)
-    return Plan(targets)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ on, and a chunk visits it. Forwards and Gram products run at ``RunOptions.precis
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -95,13 +95,7 @@ class Work:
         name = self.adapter.block_names[self.index]
         if form is None:
             raise ModelError(f"{name}: {refusal}; prune it with a layer solver such as admm instead")
-        wanted = {half.linear for half in (form.gate, form.up) if half} | {form.down}
-        if missing := wanted - self.targets.keys():
-            lacking = ", ".join(sorted(missing))
-            raise ModelError(
-                f"{name}: SparseLLM prunes an FFN as a whole, but the plan lacks {lacking}; let include and ignore "
-                "keep all of it, or choose a layer solver such as admm"
-            )
+        check_whole(name, {half.linear for half in (form.gate, form.up) if half} | {form.down}, self.targets)
         return form
 
     @property
@@ -131,12 +125,16 @@ class Work:
         return Hidden(self.options.budget, rows)
 
     def watched_pass(self, watchers: dict[nn.Module, Watcher]) -> Hidden:
-        """Outputs of the block for all rows; each watcher gets its module's inputs, if it is reached.
+        """Outputs of the block for all rows; each watcher gets its module's inputs, if it is reached."""
+        return self.waiting(self.outputs(watchers))
+
+    def outputs(self, watchers: dict[nn.Module, Watcher]) -> Iterator[Float[Tensor, "B S D"]]:
+        """The same, a chunk at a time; what is not taken is not kept.
 
         Rows whose output is not finite are dropped from ``hidden`` first, and their chunk is run again without them, so
         that no watcher ever sees them: not even behind a router, where nothing tells rows apart.
         """
-        kept, outputs = self.waiting(), self.waiting()
+        kept = self.waiting()
         for index, rows in enumerate(self.hidden):
             out, seen = self.watched(rows, watchers)
             finite = torch.isfinite(out).flatten(1).all(dim=1)
@@ -147,12 +145,11 @@ class Work:
             else:
                 kept.append(rows[finite])
                 out, seen = self.watched(rows[finite], watchers)
-            outputs.append(out)
             for module, inputs in seen.items():
                 watchers[module](inputs)
+            yield out
         self.dropped += sum(map(len, self.hidden)) - sum(map(len, kept))
         self.hidden = kept
-        return outputs
 
     def watched(
         self, rows: Float[Tensor, "B S D"], watchers: Mapping[nn.Module, Watcher]
@@ -209,6 +206,15 @@ class Work:
         """Weights and patterns of linears that share their input."""
         W = torch.cat([self.adapter.read(self.linear(name)) for name in linears])
         return W, Stacked(tuple((self.targets[name].shape[0], self.targets[name].pattern) for name in linears))
+
+
+def check_whole(block: str, ffn: Iterable[str], planned: Container[str]) -> None:
+    """SparseLLM prunes an FFN as a whole: ModelError where the plan lacks one of its linears."""
+    if missing := sorted(name for name in ffn if name not in planned):
+        raise ModelError(
+            f"{block}: SparseLLM prunes an FFN as a whole, but the plan lacks {', '.join(missing)}; let include and "
+            "ignore keep all of it, or choose a layer solver such as admm"
+        )
 
 
 @contextmanager

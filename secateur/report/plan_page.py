@@ -44,7 +44,7 @@ def plan_page(told: dict[str, Any]) -> list[RenderableType]:
 
 
 def _time(told: dict[str, float], slowdown: float) -> str:
-    parts = ", ".join(f"{name} {seconds(told[name])}" for name in ("load", "prune", "save"))
+    parts = ", ".join(f"{name} {seconds(told[name])}" for name in ("load", "prune", "keep", "save"))
     busy = f"; with the machine as busy as now about {seconds(told['busy'])}" if slowdown > 1.2 else ""
     return f"about {seconds(told['total'])} ({parts}){busy}"
 

@@ -79,3 +79,18 @@ def text_file(tmp_path_factory) -> Path:
     words = [string.ascii_lowercase[i % 23 : i % 23 + 5] for i in range(1500)]
     path.write_text(" ".join(words).ljust(9000, "."), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def files() -> Callable[[Path], dict[str, bytes]]:
+    """``files(OUT)``: what the promise of same bytes is about, all but the two files that hold times."""
+    timed = {"records.jsonl", "report.json"}
+
+    def read(folder: Path) -> dict[str, bytes]:
+        return {
+            str(path.relative_to(folder)): path.read_bytes()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name not in timed
+        }
+
+    return read

@@ -9,7 +9,7 @@ DRIVER = Path(__file__).parent / "killed.py"
 KILLS = 30
 
 
-def test_killed_at_random_moments(model_dir, text_file, tmp_path):
+def test_killed_at_random_moments(model_dir, text_file, files, tmp_path):
     flags = [model_dir, "--sparsity", "0.6", "--data", text_file, "--samples", "4", "--seq-len", "64"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     command = [sys.executable, DRIVER, str(KILLS), "0", tmp_path / "out", *flags]
@@ -21,12 +21,3 @@ def test_killed_at_random_moments(model_dir, text_file, tmp_path):
     assert others
     for path in others:  # finished runs only: nothing unfinished, half written or set aside is left
         assert files(path) == whole
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    timed = {"records.jsonl", "report.json"}
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in timed
-    }

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from secateur.pruning.workdir import Workdir
+
 SMALL = ["--samples", "4", "--seq-len", "32"]
 KEYS = "model recipe pattern linears skipped sparsity blocks stages seconds rates memory result runtimes warnings notes"
 
@@ -39,9 +41,37 @@ def test_what_is_planned_is_what_is_pruned(run, model_dir, chosen, tmp_path):
     assert told.json["pattern"] == done.json["pattern"]
     assert sum(row["weights"] for row in told.json["linears"]) == done.json["weights"]
     saved = (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert told.json["memory"]["disk"]["peak"] == pytest.approx(saved, rel=0.1)
+    assert told.json["memory"]["disk"]["model"] == pytest.approx(saved, rel=0.1)
     ours, theirs = told.json["recipe"], done.json["recipe"]
     assert {k for k in ours if ours[k] != theirs[k]} <= {"blocks", "dtype", "data"}
+
+
+def test_what_a_run_keeps_on_disk_is_foreseen(run, model_dir, text_file, tmp_path, monkeypatch):
+    """The run's directory as it is when all blocks are finished, hidden states in memory for the most part."""
+    sizes = {}
+
+    def weigh(work):
+        for folder in ("blocks", "hidden"):
+            sizes[folder] = sum(file.stat().st_size for file in (work.path / folder).iterdir())
+        remove(work)
+
+    remove = Workdir.remove
+    monkeypatch.setattr(Workdir, "remove", weigh)
+    flags = ["--sparsity", "0.5", "--data", text_file, *SMALL, "--set", "hidden_memory=0.000008192"]
+    disk = run("plan", model_dir, *flags, "--json").json["memory"]["disk"]
+    ran = run("prune", model_dir, *flags, "--out", tmp_path / "out", "--json")
+    assert ran.code == 0, ran.err
+    assert sizes["blocks"] == pytest.approx(disk["finished blocks"], rel=0.2)  # and their headers
+    assert sizes["hidden"] == pytest.approx(disk["hidden states"] / 2, rel=0.2)
+    assert ran.json["hidden_states"] == {"memory_peak": 8192, "disk_peak": disk["spilled"]}
+
+
+def test_blocks_that_stay_on_disk_are_not_counted_as_memory(run, model_dir):
+    flags = ["plan", model_dir, "--pattern", "2:4", "--data", "c4", *SMALL, "--json"]
+    whole, lazy = (run(*flags, "--offload", offload).json["memory"]["host"] for offload in ("off", "on"))
+    assert lazy["outside the blocks"] == 4 * (260 * 32 + 32)
+    assert lazy["outside the blocks"] + 2 * (lazy["block"] + 4 * 64) == whole["model"]
+    assert "block" not in whole
 
 
 def test_the_stages_are_those_of_the_records(run, model_dir, text_file, tmp_path):
@@ -63,7 +93,7 @@ def test_the_json_is_what_programs_may_rely_on(run, model_dir):
         "weights": 2048,
         "names": ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"],
     }
-    assert set(told["seconds"]) == {"load", "prune", "save", "total", "busy"}
+    assert set(told["seconds"]) == {"load", "prune", "keep", "save", "total", "busy"}
     assert set(told["stages"][0]) == {"name", "operations", "bytes", "seconds"}
     assert set(told["memory"]) == {"host", "device", "disk"}
     assert told["memory"]["device"] == {"peak": 0}
@@ -134,10 +164,12 @@ def test_a_checkpoint_larger_than_the_memory(run, model_dir, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("secateur.pruning.rates.LARGEST", 1 << 18)  # probes of the real width would take a while
         patch.setattr("secateur.pruning.rates.WIDEST", 512)
-        ran = run("plan", big, "--pattern", "2:4", "--data", "embedded", *SMALL, "--json")
+        flags = ["plan", big, "--pattern", "2:4", "--data", "embedded", *SMALL, "--json"]
+        ran, lazy = run(*flags, "--offload", "off"), run(*flags)
     assert ran.code == 0, ran.err
     assert ran.json["model"]["bytes"] == end
     assert ran.json["memory"]["host"]["peak"] > 50e9
+    assert lazy.json["memory"]["host"]["outside the blocks"] == 4 * (260 + 1) * 16384
     assert sum(row["count"] for row in ran.json["linears"]) == 28
     assert "below 7 B" in ran.json["warnings"][0]
     assert "this model has" not in ran.json["warnings"][0]

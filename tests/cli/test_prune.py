@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 
@@ -20,16 +19,6 @@ def pruned(run, model_dir, text_file, tmp_path_factory):
     ran = run("prune", model_dir, "--pattern", "2:4", "--data", text_file, *SMALL, "--out", out)
     assert ran.code == 0, ran.err
     return out, ran
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """What the promise of same bytes is about: all but the two files that hold times."""
-    timed = {"records.jsonl", "report.json"}
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in timed
-    }
 
 
 def test_out_is_a_hugging_face_directory(pruned):
@@ -73,7 +62,7 @@ def test_what_is_printed(pruned, model_dir):
     assert "left 0:00:00" in ran.err
 
 
-def test_the_saved_recipe_gives_the_same_bytes(pruned, run, tmp_path):
+def test_the_saved_recipe_gives_the_same_bytes(pruned, run, tmp_path, files):
     out, _ = pruned
     ran = run("prune", "--recipe", out / "secateur" / "recipe.yaml", "--out", tmp_path / "again")
     assert ran.code == 0, ran.err
@@ -102,7 +91,7 @@ def test_only_the_chosen_blocks(run, model_dir, text_file, tmp_path):
     assert all(name.startswith("model.layers.0.") for name in promised)
 
 
-def test_include_and_ignore_are_told_and_kept(run, model_dir, text_file, tmp_path):
+def test_include_and_ignore_are_told_and_kept(run, model_dir, text_file, tmp_path, files):
     flags = ["--method", "magnitude", "--sparsity", "0.5", "--data", text_file, *SMALL, "--include", "self_attn"]
     flags += ["--include", "mlp", "--ignore", "o_proj", "--ignore", r"layers\.0\.mlp", "--out", tmp_path / "out"]
     ran = run("prune", model_dir, *flags)
@@ -127,7 +116,7 @@ def test_an_own_out_is_replaced_and_flags_win_over_the_recipe(pruned, run, tmp_p
     assert "1:4" in (out / "secateur" / "recipe.yaml").read_text()
 
 
-def test_a_run_that_fails_keeps_the_old_out_and_its_blocks(pruned, run, tmp_path, monkeypatch):
+def test_a_run_that_fails_keeps_the_old_out_and_its_blocks(pruned, run, tmp_path, monkeypatch, files):
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -184,106 +173,6 @@ def test_a_save_that_breaks_a_promise_is_not_kept(pruned, run, tmp_path, monkeyp
     assert not (tmp_path / "out").exists()
 
 
-# ---- resume
-
-
-class PowerCutError(BaseException):
-    """Stands for the end of the process."""
-
-
-def stop_at(number, monkeypatch):
-    """The process ends instead of making the given file durable (counted from 0), with its new name half written."""
-    import secateur.pruning.workdir as workdir
-
-    durable, calls = workdir.durable, iter(range(1000))
-
-    def cut(path, write):
-        if next(calls) == number:
-            path.with_name(path.name + ".new").write_bytes(b"half")
-            raise PowerCutError
-        durable(path, write)
-
-    monkeypatch.setattr(workdir, "durable", cut)
-
-
-WRITES = ["run.json", "block 0", "hidden 1", "state 1", "block 1", "hidden 2", "state 2"]
-
-
-@pytest.mark.parametrize("number", range(len(WRITES)), ids=WRITES)
-@pytest.mark.parametrize("method", ["sparsellm", "wanda"])
-def test_stopped_at_any_write_and_resumed_gives_the_same_bytes(
-    number, method, run, model_dir, text_file, tmp_path, monkeypatch
-):
-    flags = ["--method", method, "--sparsity", "0.6", "--data", text_file, *SMALL]
-    assert run("prune", model_dir, *flags, "--out", tmp_path / "whole").code == 0
-    out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        stop_at(number, patch)
-        with pytest.raises(PowerCutError):
-            run("prune", model_dir, *flags, "--out", out)
-    assert not out.exists()
-    ran = run("prune", model_dir, *flags, "--out", out, "--resume", "--json")
-    assert ran.code == 0, ran.err
-    assert ran.json["resumed_after_blocks"] == max(0, (number - 1) // 3)
-    assert files(out) == files(tmp_path / "whole")
-    assert not (tmp_path / "out.unfinished").exists()
-    names = [json.loads(line)["name"] for line in (out / "secateur" / "records.jsonl").read_text().splitlines()]
-    assert names == ["model.layers.0", "model.layers.1"]
-
-
-@pytest.fixture
-def unfinished(run, model_dir, text_file, tmp_path, monkeypatch):
-    """OUT, the flags and the directory of a run that was stopped after its first block."""
-    flags = ["--sparsity", "0.6", "--data", text_file, *SMALL]
-    with monkeypatch.context() as patch:
-        stop_at(WRITES.index("state 2"), patch)
-        with pytest.raises(PowerCutError):
-            run("prune", model_dir, *flags, "--out", tmp_path / "out")
-    return tmp_path / "out", flags, tmp_path / "out.unfinished"
-
-
-def test_an_unfinished_run_is_neither_forgotten_nor_overwritten(unfinished, run, model_dir):
-    out, flags, kept = unfinished
-    ran = run("prune", model_dir, *flags, "--out", out)
-    assert ran.code == 2
-    assert f"{kept} holds an unfinished run of 1 blocks; go on with --resume, or delete it first" in ran.error
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (["--sparsity", "0.7"], "recipe.sparsity was 0.6 and is 0.7"),
-        (["--seed", "1"], "recipe.seed was 0 and is 1; tokens was"),
-        (["--set", "method.iterations=7"], "recipe.method.iterations was 3 and is 7"),
-    ],
-)
-def test_a_changed_request_is_refused_with_the_keys_that_differ(change, said, unfinished, run, model_dir):
-    out, flags, _ = unfinished
-    ran = run("prune", model_dir, *flags, *change, "--out", out, "--resume")
-    assert ran.code == 2
-    assert said in ran.error
-    assert "repeat that request, or delete it" in ran.error
-
-
-def test_two_runs_never_work_in_one_directory(unfinished, run, model_dir):
-    from filelock import FileLock
-
-    out, flags, kept = unfinished
-    with FileLock(kept / "lock"):
-        ran = run("prune", model_dir, *flags, "--out", out, "--resume")
-    assert ran.code == 2
-    assert "another process is at work in" in ran.error
-
-
-def test_a_damaged_state_is_one_line(unfinished, run, model_dir):
-    out, flags, kept = unfinished
-    for name in ("hidden/00001-00000.safetensors", "blocks/00000.safetensors", "state.json"):
-        (kept / name).write_bytes(b"\0" * 40)
-        ran = run("prune", model_dir, *flags, "--out", out, "--resume")
-        assert ran.code == 1
-        assert f"{name} of an unfinished run is not readable" in ran.error
-
-
 def test_resuming_what_is_complete_says_so(pruned, run, model_dir, text_file):
     out, _ = pruned
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
@@ -293,67 +182,6 @@ def test_resuming_what_is_complete_says_so(pruned, run, model_dir, text_file):
     assert "is complete: nothing was left to do" in ran.err
     assert ran.json == json.loads((out / "secateur" / "report.json").read_text())
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-
-
-# ---- larger than memory
-
-
-def tensors(folder: Path) -> dict[str, "object"]:
-    from safetensors.torch import load_file
-
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
-
-
-@pytest.mark.parametrize("method", ["sparsellm", "magnitude"])
-def test_blocks_left_on_disk_are_pruned_to_the_same_weights(method, run, model_dir, text_file, tmp_path):
-    import torch
-
-    flags = ["--method", method, "--sparsity", "0.6", "--data", text_file, *SMALL, "--json"]
-    whole = run("prune", model_dir, *flags, "--out", tmp_path / "whole", "--offload", "off")
-    lazy = run("prune", model_dir, *flags, "--out", tmp_path / "lazy", "--offload", "on")
-    assert lazy.code == 0, lazy.err
-    assert lazy.json["sparsity"] == whole.json["sparsity"]
-    expected, found = tensors(tmp_path / "whole"), tensors(tmp_path / "lazy")
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert run("inspect", tmp_path / "lazy", "--baseline", model_dir).code == 0
-
-
-@pytest.mark.parametrize("method", ["sparsellm", "wanda"])
-def test_hidden_states_that_wait_on_disk_change_nothing(method, run, model_dir, text_file, tmp_path):
-    flags = ["--method", method, "--sparsity", "0.6", "--data", text_file, *SMALL]
-    assert run("prune", model_dir, *flags, "--out", tmp_path / "whole").code == 0
-    ran = run("prune", model_dir, *flags, "--set", "hidden_memory=0.00001", "--out", tmp_path / "out")  # two chunks
-    assert ran.code == 0, ran.err
-    changed = {"secateur/recipe.yaml"}
-    expected, found = files(tmp_path / "whole"), files(tmp_path / "out")
-    assert {name for name in expected if expected[name] != found[name]} == changed
-
-
-def test_blocks_left_on_disk_can_be_resumed(run, model_dir, text_file, tmp_path, monkeypatch):
-    flags = ["--sparsity", "0.6", "--data", text_file, *SMALL, "--offload", "on", "--json"]
-    assert run("prune", model_dir, *flags, "--out", tmp_path / "whole").code == 0
-    with monkeypatch.context() as patch:
-        stop_at(WRITES.index("state 2"), patch)
-        with pytest.raises(PowerCutError):
-            run("prune", model_dir, *flags, "--out", tmp_path / "out")
-    ran = run("prune", model_dir, *flags, "--out", tmp_path / "out", "--resume")
-    assert ran.json["resumed_after_blocks"] == 1
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
-
-
-def test_python_gets_a_working_model_whose_blocks_are_on_disk(model_dir, text_file, tmp_path):
-    import torch
-
-    from secateur import PruneConfig, prune
-    from secateur.models.load import load
-
-    config = PruneConfig(sparsity=0.5, samples=4, seq_len=32, offload="on")
-    model = prune(str(model_dir), config, data=str(text_file), out=tmp_path / "out").model
-    tokens = torch.arange(9)[None]
-    assert torch.equal(model(tokens).logits, load(str(tmp_path / "out")).model(tokens).logits)
-    with pytest.raises(ValueError, match="needs an OUT"):
-        prune(str(model_dir), config, data=str(text_file))
 
 
 # ---- inspect and eval

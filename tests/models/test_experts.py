@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 
 from secateur.errors import ModelError
 from secateur.models.adapter import DecoderAdapter
-from secateur.models.expert_layout import describe_experts, observe_experts, watchable
+from secateur.models.expert_layout import observe_experts, watchable
 from secateur.models.experts import expert_linears, find_experts, routing
 from secateur.models.layout import TOLERANCE, describe, observe, relative
 from secateur.models.stored import Stored, stored
@@ -20,6 +20,16 @@ def observed(model, input_ids):
     adapter = DecoderAdapter(model)
     capture = adapter.capture(input_ids)
     return adapter, capture, observe_experts(adapter, 0, capture.hidden, capture.calls[0])
+
+
+def describe_experts(layout):
+    """One line: "8 experts gate_proj+up_proj > down_proj, silu(gate) * up"."""
+    member = layout.members[0]
+    groups = " > ".join("+".join(name.rpartition(".")[2] for name in linears) for linears in member.groups)
+    said = f"{len(layout.members)} experts {groups}"
+    if member.ffn is None:
+        return f"{said} ({member.refusal})"
+    return f"{said}, {member.ffn.activation}({'gate) * up' if member.ffn.gate else 'up)'}"
 
 
 @pytest.mark.parametrize("name", NAMES)

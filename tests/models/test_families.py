@@ -20,7 +20,8 @@ from secateur.core.sparsellm import SparseLLM
 from secateur.errors import ModelError
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.layout import describe, observe
-from secateur.pruning.oneshot import RunOptions, prune_blocks, uniform_plan
+from secateur.pruning.oneshot import RunOptions, prune_blocks
+from secateur.pruning.selection import select
 
 
 class Family(NamedTuple):
@@ -253,7 +254,7 @@ WINDOWS = torch.randint(VOCABULARY, (8, 32), generator=torch.Generator().manual_
 def test_every_method_prunes_every_family(name, run):
     method, pattern = RUNS[run]
     model, adapter = adapted(name)
-    plan = uniform_plan(adapter, pattern, range(len(adapter.blocks)))
+    plan = select(adapter, pattern, range(len(adapter.blocks))).plan
     work = prune_blocks(adapter, WINDOWS, plan, method, RunOptions(batch=8))
     if isinstance(method, SparseLLM) and name in REFUSED:
         with pytest.raises(ModelError, match=r"^[^\n]*prune it with a layer solver such as admm instead$"):

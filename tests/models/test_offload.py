@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from secateur.errors import ModelError
+from secateur.errors import ModelError, UsageError
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.load import load
-from secateur.models.offload import at_hand, disk_map, is_offloaded, relocate
+from secateur.models.offload import at_hand, disk_map, is_offloaded, relocate, stays_on_disk
 from secateur.models.save import save
 
 TOKENS = torch.arange(20)[None]
@@ -68,3 +68,9 @@ def test_one_block_is_not_left_on_disk(tiny_llama):
     tiny_llama.config.num_hidden_layers = 1
     with pytest.raises(ModelError, match="two or more blocks to leave on disk; use --offload off"):
         disk_map(tiny_llama.config)
+
+
+def test_a_gguf_file_is_read_as_a_whole():
+    assert not stays_on_disk("auto", 10**15, gguf=True)
+    with pytest.raises(UsageError, match="a GGUF file can only be read as a whole"):
+        stays_on_disk("on", 0, gguf=True)

@@ -12,6 +12,7 @@ from secateur.models.adapter import DecoderAdapter
 from secateur.pruning.cost import BlockShape, Cost, Run, Shared, admm, fit, forward, gram, sparsegpt
 from secateur.pruning.cost_sparsellm import block_stages
 from secateur.pruning.footprint import footprint
+from secateur.pruning.hidden import Budget
 from secateur.pruning.oneshot import RunOptions, prune_blocks
 from secateur.pruning.rates import Probe, measure
 from secateur.pruning.selection import select
@@ -62,14 +63,11 @@ METHODS = {
 PARTLY = {"everything": ([], 64, 32), "without q and o": (["q_proj", "o_proj"], 32, 0)}
 
 
-@pytest.mark.parametrize("ignored", PARTLY)
-@pytest.mark.parametrize("method", METHODS)
-def test_every_product_of_a_run_is_foreseen(method, ignored):
-    """All matrix products and all attention of pruning one block, as torch counts them; the sweep to 1 %."""
-    ignore, attention, out = PARTLY[ignored]
+def pruned_block(ignore=(), **options):
+    """A Llama of one block, calibration rows, and a plan at 50 %."""
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64,
+        num_key_value_heads=2, max_position_embeddings=64, **options,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -78,7 +76,15 @@ def test_every_product_of_a_run_is_foreseen(method, ignored):
     for parameter in model.parameters():
         parameter *= 8 if parameter.ndim == 2 else 1
     adapter = DecoderAdapter(model)
-    plan = select(adapter, Unstructured(0.5), range(1), ignore=ignore).plan
+    return adapter, rows, select(adapter, Unstructured(0.5), range(1), ignore=ignore).plan
+
+
+@pytest.mark.parametrize("ignored", PARTLY)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_product_of_a_run_is_foreseen(method, ignored):
+    """All matrix products and all attention of pruning one block, as torch counts them; the sweep to 1 %."""
+    ignore, attention, out = PARTLY[ignored]
+    adapter, rows, plan = pruned_block(ignore)
     with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
         list(prune_blocks(adapter, rows, plan, METHODS[method], RunOptions()))
     counts = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
@@ -97,16 +103,30 @@ def test_a_block_without_roles_costs_its_forwards():
     assert stages["propagate"].linear == 2 * TEXT.tokens * 2 * 64 * 32
 
 
-def test_memory_grows_with_the_tokens_by_copies_of_the_hidden_states():
+def test_memory_grows_with_the_tokens():
     state = 4 * TEXT.tokens * 576
-    assert footprint(SMOLLM2, SparseGPT(), TEXT, 4).hidden == 4 * state
-    assert footprint(SMOLLM2, SparseLLM(), TEXT, 4).hidden == 7 * state
-    assert footprint(SMOLLM2, Magnitude(), TEXT, 4).hidden == 4 * 4 * 64 * 576
+    assert footprint(SMOLLM2, SparseGPT(), TEXT, 4).state == state
+    assert footprint(SMOLLM2, Magnitude(), TEXT, 4).state == 4 * 64 * 576
     paper = footprint(SMOLLM2, SparseLLM(mode="paper"), TEXT, 4)
     assert paper.carried == 2 * 4 * TEXT.tokens * 3072
     assert footprint(SMOLLM2, SparseLLM(mode="paper", iterations=1), TEXT, 4).carried == 0
-    double = footprint(SMOLLM2, SparseLLM(), TEXT._replace(samples=32), 4)
-    assert double.work == footprint(SMOLLM2, SparseLLM(), TEXT, 4).work
+    single, double = (footprint(SMOLLM2, SparseLLM(), TEXT._replace(samples=n), 4) for n in (16, 32))
+    assert double.hidden == 2 * single.hidden
+    assert double.work == single.work
+
+
+@pytest.mark.parametrize("head", [8, 32], ids="head of {}".format)
+@pytest.mark.parametrize("method", METHODS)
+def test_what_waits_is_foreseen(method, head):
+    """The most hidden states that ever wait at one time, as the run itself counts them."""
+    adapter, rows, plan = pruned_block(head_dim=head)
+    budget = Budget()
+    list(prune_blocks(adapter, rows, plan, METHODS[method], RunOptions(budget=budget)))
+    width = 4 * head
+    shape = BlockShape(
+        (Shared(2 * width, 32, 2 * width),), Shared(32, width, 32), Shared(96, 32, 96), Shared(32, 48, 32)
+    )
+    assert budget.peak_used == footprint(shape, METHODS[method], Run(16, 64, 1, rounded=False), 4).hidden
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4), Block(0.5, 3, 5)], ids=str)

@@ -16,7 +16,8 @@ from secateur.models.adapter import DecoderAdapter
 from secateur.pruning.experts import expert_forms, routed_tokens
 from secateur.pruning.hidden import Budget, Hidden
 from secateur.pruning.layerwise import expert_groups, observe, planned_groups
-from secateur.pruning.oneshot import RunOptions, block_targets, prune_blocks, uniform_plan
+from secateur.pruning.oneshot import RunOptions, block_targets, prune_blocks
+from secateur.pruning.selection import select
 from secateur.pruning.shortage import blended
 from secateur.pruning.work import Work
 
@@ -37,7 +38,7 @@ ROWS = torch.randint(3, 64, (8, 32), generator=torch.Generator().manual_seed(0))
 
 def run(model, method, pattern=HALF, rows=ROWS, **options):
     adapter = DecoderAdapter(model)
-    plan = uniform_plan(adapter, pattern, range(len(adapter.blocks)))
+    plan = select(adapter, pattern, range(len(adapter.blocks))).plan
     records = [done.record for done in prune_blocks(adapter, rows, plan, method, RunOptions(**options))]
     return adapter, plan, {linear.name: linear for record in records for linear in record.linears}, records
 
@@ -53,7 +54,7 @@ def starved(model):
 
 def work_on(model, method="gram", rows=ROWS, batch=3):
     adapter = DecoderAdapter(model)
-    plan = uniform_plan(adapter, HALF, range(1))
+    plan = select(adapter, HALF, range(1)).plan
     hidden = Hidden(Budget(), (adapter.first_hidden(chunk) for chunk in rows.split(batch)))
     return Work(adapter, 0, hidden, block_targets(plan, adapter.block_names[0]), RunOptions(batch=batch))
 
@@ -235,7 +236,7 @@ def test_rows_that_turn_non_finite_reach_no_expert(moe, method):
 def test_a_plan_without_a_part_of_an_expert_is_refused_for_sparsellm_only(moe):
     for method in (SparseGPT(), METHODS["closed"]):
         adapter = DecoderAdapter(moe("olmoe"))
-        targets = dict(uniform_plan(adapter, HALF, range(2)).targets)
+        targets = dict(select(adapter, HALF, range(2)).plan.targets)
         del targets["model.layers.0.mlp.experts.2.down_proj"]
         runs = prune_blocks(adapter, ROWS, Plan(targets), method, RunOptions())
         if isinstance(method, SparseGPT):

@@ -12,7 +12,8 @@ from secateur.core.solvers import ADMM, Magnitude, SparseGPT, Wanda
 from secateur.core.sparsellm import SparseLLM
 from secateur.errors import ModelError, NumericalError
 from secateur.models.adapter import DecoderAdapter
-from secateur.pruning.oneshot import RunOptions, prune_blocks, uniform_plan
+from secateur.pruning.oneshot import RunOptions, prune_blocks
+from secateur.pruning.selection import select
 
 VOCABULARY, BLOCKS = 64, 3
 
@@ -71,7 +72,7 @@ HALF = Unstructured(0.5)
 
 def run(model, method, pattern=HALF, blocks=range(BLOCKS), rows=ROWS, **options):
     adapter = DecoderAdapter(model)
-    plan = uniform_plan(adapter, pattern, blocks)
+    plan = select(adapter, pattern, blocks).plan
     return plan, [done.record for done in prune_blocks(adapter, rows, plan, method, RunOptions(**options))]
 
 
