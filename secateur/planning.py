@@ -34,7 +34,7 @@ from secateur.pruning.selection import Selection, linear_shapes
 from secateur.pruning.work import check_whole
 from secateur.report.progress import Progress, Silent
 from secateur.report.runtimes import ALTERNATIVES, bits_per_weight, runtimes_for, warnings_for
-from secateur.runs import resolve_device, resolve_precision, select_linears
+from secateur.runs import resolve_device, resolve_precision, select_linears, with_text_needed
 
 if TYPE_CHECKING:
     from secateur.runs import Source
@@ -111,7 +111,7 @@ def plan(
     model: "Source", config: PruneConfig, data: str | None = None, *, progress: Progress | None = None
 ) -> PlanReport:
     """What ``prune`` with the same arguments would do; it ends with the errors of that, as far as shapes tell them."""
-    config, told = replace(config, data=data or config.data), progress or Silent()
+    config, told = with_text_needed(replace(config, data=data or config.data)), progress or Silent()
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     config = replace(config, device=device, precision=precision)

@@ -6,7 +6,7 @@ beside it (``pruning.workdir``), and whoever kills the run loses at most one blo
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +25,7 @@ from secateur.models.save import clear_leftovers, save, staged
 from secateur.pruning.hidden import Budget
 from secateur.pruning.oneshot import BlockRecord, RunOptions, prune_blocks
 from secateur.pruning.selection import Selection, select
+from secateur.pruning.work import PROBE_TOKENS as STRUCTURE_TOKENS
 from secateur.pruning.workdir import Workdir, opened
 from secateur.report.artefact import promises_of, write_artefact, write_report
 from secateur.report.facts import Stopwatch, peak_memory, versions
@@ -71,7 +72,7 @@ class Run:
     def prepare(
         cls, model: "Source", tokenizer: "PreTrainedTokenizerBase | None", config: PruneConfig, watch: Stopwatch
     ) -> "Run":
-        device = resolve_device(config.device)
+        config, device = with_text_needed(config), resolve_device(config.device)
         with watch.stage("data", f"read {config.data}"):
             texts = read_texts(config.data, "calibration")
         loaded = open_model(model, tokenizer, config.dtype, watch, config.offload)
@@ -197,6 +198,13 @@ def _windows(loaded: Loaded, texts: Texts, config: PruneConfig) -> torch.Tensor:
     return sample_windows(tokens, config.samples, config.seq_len, torch.Generator().manual_seed(config.seed))
 
 
+def with_text_needed(config: PruneConfig) -> PruneConfig:
+    """A method that looks at weights alone gets a few tokens of the embedded text, on which structure is observed."""
+    if config.method.needs != "nothing":
+        return config
+    return replace(config, data="embedded", samples=1, seq_len=min(config.seq_len, STRUCTURE_TOKENS))
+
+
 def select_linears(adapter: DecoderAdapter, config: PruneConfig) -> Selection:
     """What the config plans of this model; UsageError where it does not fit."""
     blocks = config.block_range(len(adapter.blocks))
@@ -236,7 +244,13 @@ def _report(
         "weights": plan.size,
         "blocks": {"pruned": sum(bool(record.linears) for record in records), "total": blocks},
         "output_error": {"mean": sum(errors) / len(errors), "last": errors[-1]} if errors else None,
-        "data": {**texts.provenance, "name": texts.name, "samples": config.samples, "seq_len": config.seq_len},
+        "data": {
+            **texts.provenance,
+            "name": texts.name,
+            "needed": config.method.needs != "nothing",
+            "samples": config.samples,
+            "seq_len": config.seq_len,
+        },
         "seed": config.seed,
         "dropped_rows": sum(record.dropped_rows for record in records),
         "warnings": notes,

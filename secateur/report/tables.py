@@ -61,14 +61,14 @@ def text_name(name: str) -> str:
 
 def prune_summary(report: dict[str, Any]) -> list[RenderableType]:
     """What was done, in ten lines, and the command that measures it."""
-    data, blocks = report["data"], report["blocks"]
+    blocks = report["blocks"]
     rows = {
         "pattern": f"{report['recipe']['pattern']}: {report['pattern']['words']}",
         "pruned": f"{report['linears']} linears in {blocks['pruned']} of {blocks['total']} blocks,"
         f" {report['weights']:,} weights",
         "sparsity": _sparsity(report),
         **_left_alone(report["left_alone"]),
-        "text": f"{text_name(data['name'])}, {data['samples']} x {data['seq_len']} tokens, seed {report['seed']}",
+        "text": _text(report),
         "output error": _output_error(report["output_error"]),
         "dropped rows": str(report["dropped_rows"]),
         "skipped": skipped_lines(report["skipped"]),
@@ -81,6 +81,13 @@ def prune_summary(report: dict[str, Any]) -> list[RenderableType]:
         *_warnings(report["warnings"]),
         *_after_pruning(report),
     ]
+
+
+def _text(report: dict[str, Any]) -> str:
+    data, method = report["data"], report["recipe"]["method"]["name"]
+    if not data["needed"]:
+        return f"none: {method} looks at the weights alone"
+    return f"{text_name(data['name'])}, {data['samples']} x {data['seq_len']} tokens, seed {report['seed']}"
 
 
 def skipped_lines(skipped: Sequence[dict[str, Any]]) -> str:

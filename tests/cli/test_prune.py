@@ -80,6 +80,14 @@ def test_every_method_prunes_and_keeps_its_promises(method, run, model_dir, text
     assert run("inspect", out).code == 0
 
 
+def test_magnitude_needs_no_text(run, model_dir, tmp_path):
+    ran = run("prune", model_dir, "--method", "magnitude", "--sparsity", "0.5", "--out", tmp_path / "out")
+    assert ran.code == 0, ran.err
+    assert "none: magnitude looks at the weights alone" in ran.out
+    assert run("inspect", tmp_path / "out").code == 0
+    assert run("plan", model_dir, "--method", "magnitude", "--sparsity", "0.5").code == 0
+
+
 def test_only_the_chosen_blocks(run, model_dir, text_file, tmp_path):
     flags = ["--method", "magnitude", "--sparsity", "0.5", "--data", text_file, *SMALL, "--blocks", "first-half"]
     ran = run("prune", model_dir, *flags, "--out", tmp_path / "out", "--json")
