@@ -1,0 +1,144 @@
+"""Single pieces of a run, each measured alone: the numbers of docs/performance.md that are not those of whole runs.
+
+    python benchmarks/pieces.py solves          every layer solver on the matrices of the whole model, one thread
+    python benchmarks/pieces.py load            reading the GGUF file
+    python benchmarks/pieces.py inspect DIR     memory that inspecting DIR takes above what the process began with
+    python benchmarks/pieces.py keep            making one finished block and its hidden states durable
+    python benchmarks/pieces.py chaos           what rounding noise in the embedding does to masks and perplexity
+    python benchmarks/pieces.py profile DIR     seconds by stage of the run that wrote DIR, from its records
+
+The model is SmolLM2-135M-Instruct (``demo``); texts are found through SECATEUR_DATA. To be run on an idle machine, one
+at a time. Every measurement is a line of JSON; "s" are seconds of the clock, "cpu_s" of the processor.
+"""
+
+import argparse
+import copy
+import json
+import os
+import resource
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur import PruneConfig, prune
+from secateur.core.pattern import NM, Pattern, Unstructured
+from secateur.core.solvers import ADMM, Magnitude, Solver, SparseGPT, Wanda
+from secateur.data.sources import read_texts
+from secateur.evaluation.inspect import inspect
+from secateur.evaluation.perplexity import evaluate_text
+from secateur.models.adapter import DecoderAdapter
+from secateur.models.load import load
+from secateur.pruning.workdir import durable
+
+DATA = Path(os.environ.get("SECATEUR_DATA") or Path(__file__).parents[2] / "shared" / "data")
+CALIBRATION, WIKITEXT = DATA / "calib" / "c4_en_train_1200.jsonl", DATA / "ppl" / "wikitext2_raw_test.txt"
+BLOCKS, STACKED = 30, ((960, 576), (576, 576), (3072, 576), (576, 1536))
+"""Of SmolLM2-135M: q, k, v; o; gate and up; down, as (R, C), linears of one input stacked."""
+PATTERNS: dict[str, Pattern] = {"70%": Unstructured(0.7), "2:4": NM(2, 4)}
+BY_NAME: dict[str, Solver] = {"magnitude": Magnitude(), "wanda": Wanda(), "sparsegpt": SparseGPT(), "admm": ADMM()}
+NOISE = (0.0, 1e-6, 1e-5, 1e-3)
+"""Relative changes of the embedding."""
+Lines = Iterator[dict[str, Any]]
+
+
+def solves() -> Lines:
+    """Random weights and inputs: what a solve takes does not depend on them."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    problems = []
+    for R, C in STACKED:
+        X = torch.randn(4 * C, C, generator=generator)
+        needs = {"nothing": torch.ones(C), "diag": X.square().mean(0), "gram": X.T @ X / len(X)}
+        problems.append((torch.randn(R, C, generator=generator), needs))
+    for method, solver in BY_NAME.items():
+        for name, pattern in PATTERNS.items():
+            start = time.perf_counter()
+            for W, moments in problems:
+                solver.solve(W, moments[solver.needs], pattern)
+            yield {"solver": method, "pattern": name, "s": BLOCKS * (time.perf_counter() - start)}
+
+
+def loading() -> Lines:
+    cpu, clock = time.process_time(), time.perf_counter()
+    load("demo")
+    yield {"s": time.perf_counter() - clock, "cpu_s": time.process_time() - cpu}
+
+
+def inspecting(directory: str) -> Lines:
+    before = peak()
+    inspect(directory)
+    yield {"MB_above_start": (peak() - before) / 1e6}
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def keeping() -> Lines:
+    """75 MB of hidden states and 14 MB of weights, written as ``pruning.workdir`` writes them."""
+    from safetensors.torch import save_file
+
+    tensors = {"hidden": torch.randn(16, 2048, 576), "weights": torch.randn(sum(R * C for R, C in STACKED))}
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        for name, tensor in tensors.items():
+            start = time.perf_counter()
+            durable(Path(folder) / name, lambda path, tensor=tensor: save_file({"x": tensor}, path))
+            yield {"what": name, "MB": tensor.nbytes / 1e6, "s": time.perf_counter() - start}
+
+
+def chaos() -> Lines:
+    """At 70 %, 2 x 512 tokens: masks of the last block against those without noise, perplexity on 8 windows of 512."""
+    dense, text = load("demo"), read_texts(str(WIKITEXT), "evaluation")
+    for method in ("wanda", "sparsegpt"):
+        masks: list[Tensor] = []
+        for noise in NOISE:
+            model = copy.deepcopy(dense.model)
+            with torch.no_grad():
+                embedding = model.get_input_embeddings().weight
+                embedding *= 1 + noise * torch.randn(embedding.shape, generator=torch.Generator().manual_seed(0))
+            config = PruneConfig(BY_NAME[method], 0.7, samples=2, seq_len=512)
+            prune(model, config, data=str(CALIBRATION), tokenizer=dense.tokenizer)
+            adapter = DecoderAdapter(model)
+            last = adapter.linears(adapter.blocks[-1]).values()
+            masks.append(torch.cat([(linear.weight != 0).flatten() for linear in last]))
+            changed = float((masks[-1] != masks[0]).float().mean())
+            ppl = evaluate_text(model, dense.tokenizer, text, seq_len=512, limit=8).ppl
+            yield {"method": method, "noise": noise, "changed": changed, "ppl": ppl}
+
+
+def profile(directory: str) -> Lines:
+    lines = (Path(directory) / "secateur" / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    stages: dict[str, float] = defaultdict(float)
+    for record in map(json.loads, lines):
+        for name, seconds in {**record["stages"], "block": record["seconds"]}.items():
+            stages[name] += seconds
+    yield dict(stages)
+
+
+PIECES: dict[str, Callable[..., Lines]] = {
+    "solves": solves,
+    "load": loading,
+    "inspect": inspecting,
+    "keep": keeping,
+    "chaos": chaos,
+    "profile": profile,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("piece", choices=list(PIECES))
+    parser.add_argument("directory", nargs="?")
+    args = parser.parse_args()
+    for line in PIECES[args.piece](*([args.directory] if args.directory else [])):
+        print(json.dumps({"piece": args.piece, **line}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
