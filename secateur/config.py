@@ -132,7 +132,7 @@ def method_from_dict(data: Any, where: str = "method", default: Method = DEFAULT
     known = METHODS if where == "method" else SOLVERS
     options: dict[str, Any] = {"name": data} if isinstance(data, str) else dict(_mapping(data, where))
     name = options.pop("name", method_to_dict(default)["name"])
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise UsageError(f"unknown {where} {name!r}{_nearest(str(name), known)}; known: {', '.join(known)}")
     inside = {f.name: f.default for f in fields(METHODS[name]) if isinstance(f.default, Method)}
     for key in inside.keys() & options.keys():
@@ -191,31 +191,39 @@ class _Loader(yaml.SafeLoader):
     }
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9]\d*)$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around strings that would be read as numbers by either version."""
 
 
-def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9]\d*)$"), list("-+0123456789"))
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$"), list("-+.0123456789")
+    )
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a 40th of May
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{where} is not YAML: {reason}") from None
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
     """The mapping in a recipe file."""
     try:
-        data = _parse_yaml(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UsageError(f"cannot read the recipe {path}: {error.strerror}; give a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"the recipe {path} is not YAML: {reason}") from None
-    return dict(_mapping(data, f"the recipe {path}"))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the recipe {path} is not YAML: {error}") from None
+    return dict(_mapping(_parse_yaml(text, f"the recipe {path}"), f"the recipe {path}"))
 
 
 def dump_recipe(model: str, config: PruneConfig) -> str:
     """A recipe file's text; ``load_recipe`` reads it back to the same config."""
-    return yaml.safe_dump({"model": model, **config.to_dict()}, sort_keys=False, allow_unicode=True)
+    return yaml.dump({"model": model, **config.to_dict()}, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def apply_sets(data: dict[str, Any], sets: Iterable[str]) -> dict[str, Any]:
@@ -225,7 +233,7 @@ def apply_sets(data: dict[str, Any], sets: Iterable[str]) -> dict[str, Any]:
         path, equals, value = text.partition("=")
         if not equals or not all(path.split(".")):
             raise UsageError(f"--set wants key=value like method.inner=admm, got {text!r}")
-        _set(result, path.split("."), _parse_yaml(value))
+        _set(result, path.split("."), _parse_yaml(value, f"the value of --set {text}"))
     return result
 
 

@@ -18,6 +18,13 @@ from secateur.cli.options import debug_option
 from secateur.errors import SecateurError
 
 INTERRUPTED, TERMINATED = 130, 143
+FREE_SPACE = "check the path, its permissions and the disk's free space"
+LESS_MEMORY = (
+    "see `secateur plan` for what is needed; less with --offload on, --set batch=1, a smaller hidden_memory, or fewer "
+    "or shorter samples"
+)
+MEMORY_WORDS = ("allocate memory", "out of memory", "bad_alloc", "could not create a primitive", "start new thread")
+"""What torch, its kernels and the interpreter say when an allocation fails."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -66,6 +73,8 @@ def _stopped(stop: BaseException) -> tuple[str, int]:
 
 def _told(error: Exception) -> tuple[str, int]:
     """One line that says what happened, and the exit code."""
+    if out_of_memory(error):
+        return f"memory ran out ({str(error).strip() or 'MemoryError'}); {LESS_MEMORY}", 1
     match error:
         case SecateurError():
             return str(error), error.exit_code
@@ -73,9 +82,20 @@ def _told(error: Exception) -> tuple[str, int]:
             return error.format_message(), error.exit_code
         case OSError():
             where = f"{error.filename}: " if error.filename else ""
-            return f"{where}{error.strerror or error}; check the path, its permissions and the disk's free space", 1
+            return f"{where}{error.strerror or error}; {FREE_SPACE}", 1
+        case _ if "I/O error" in str(error):  # of safetensors, which knows no OSError
+            return f"{error}; {FREE_SPACE}", 1
         case _:
             return f"{type(error).__name__}: {error}; run again with --debug to see where", 1
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether this, or what it came from, is an allocation that failed."""
+    while error is not None:
+        if isinstance(error, MemoryError) or any(words in str(error) for words in MEMORY_WORDS):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _fail(message: str, code: int) -> int:

@@ -136,7 +136,16 @@ def _from_file(data: str) -> Texts:
         raise UsageError(f"unknown data {data!r}; wanted one of {forms}")
     if not path.is_file():
         raise DataError(f"no file {data}; check the path, or use `embedded` for text that needs no file")
-    return _texts(path.name, READERS[path.suffix](path), source=data)
+    before = _state(path)
+    documents = READERS[path.suffix](path)
+    if _state(path) != before:
+        raise DataError(f"{path} changed while it was read; wait until it is complete, or give a copy")
+    return _texts(path.name, documents, source=data)
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _decoded(path: Path) -> str:

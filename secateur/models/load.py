@@ -33,7 +33,8 @@ from transformers import (
 
 from secateur.errors import ModelError
 from secateur.models.gguf_once import parsed_once
-from secateur.models.offload import disk_map, return_freed_memory, stays_on_disk, weight_bytes, weights
+from secateur.models.headers import read_headers, shards
+from secateur.models.offload import check_stored, disk_map, return_freed_memory, stays_on_disk, weight_bytes, weights
 from secateur.models.quiet import quiet
 from secateur.models.save import forget_gguf
 
@@ -184,6 +185,8 @@ def _model(
         more = {"quantization_config": GgufConfig(gguf_file=place.options["gguf_file"], dequantize=True)}
     else:
         config = read_config(place, source)
+        if folder.is_dir():
+            read_headers(shards(folder))  # refuses what transformers would read without a word
         more = {"config": config}
         if lazy:
             return_freed_memory()
@@ -205,6 +208,8 @@ def _model(
         name, found, wanted = mismatched[0]
         shapes = f"{name} is {tuple(found)} in the file and {tuple(wanted)} by config.json"
         raise ModelError(f"{source}: weights and config do not fit, {shapes}; {place.advice}")
+    if lazy:
+        check_stored(model, source, place.advice)
     return model
 
 

@@ -19,6 +19,7 @@ import psutil
 import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from accelerate.utils import OffloadedWeightsLoader, set_module_tensor_to_device
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -67,6 +68,21 @@ def _places(module: nn.Module, name: str, blocks: nn.ModuleList) -> Iterator[tup
             yield from _places(submodule, f"{prefix}{child}", blocks)
     else:
         yield name, "cpu"
+
+
+def check_stored(model: nn.Module, source: str, advice: str) -> None:
+    """ModelError where a shape on disk is not that of the parameter: it would be found in the midst of a run."""
+    files: dict[str, list[tuple[str, str]]] = {}
+    for name, row in cast(dict[str, Any], _loader(model).index).items():
+        if "safetensors_file" in row:
+            files.setdefault(row["safetensors_file"], []).append((name, row["weight_name"]))
+    for path, names in files.items():
+        with safe_open(path, framework="pt") as file:
+            for name, stored in names:
+                found, wanted = tuple(file.get_slice(stored).get_shape()), tuple(model.get_parameter(name).shape)
+                if found != wanted:
+                    shapes = f"{name} is {found} in the file and {wanted} by config.json"
+                    raise ModelError(f"{source}: weights and config do not fit, {shapes}; {advice}")
 
 
 def return_freed_memory() -> None:

@@ -59,10 +59,32 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     stage.mkdir()
     try:
         yield stage
+        _settle(stage)
         _replace(out, stage)
+        flush(out.parent)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         raise
+
+
+def _settle(stage: Path) -> None:
+    """Everything is on the disk before it gets its name, readable as other files are: safetensors writes for its owner
+    alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (*stage.rglob("*"), stage):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
+        flush(path)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def clear_leftovers(out: Path) -> None:

@@ -7,7 +7,6 @@ the linears as it does with weights. What depends on numbers (which phi, whether
 to the run itself.
 """
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,17 +24,9 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from secateur.errors import ModelError, SecateurError
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.gguf_once import parsed_once
+from secateur.models.headers import STORED, Headers, read_headers, shards
 from secateur.models.load import DTYPES, Place, in_one_line, locate, read_config
 from secateur.models.quiet import quiet
-
-INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
-LONGEST_HEADER = 100_000_000
-"""Bytes; safetensors allows no more."""
-STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""Types of safetensors in which weights may be stored."""
-
-Headers = dict[str, tuple[tuple[int, ...], str]]
-"""Shape and type of every stored tensor."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +55,7 @@ def skeleton(source: str, dtype: str = "auto") -> Skeleton:
     with quiet(), parsed_once(), in_one_line(source, place.advice):
         config = read_config(place, source)
         files = [] if not Path(place.name).is_dir() else _gguf_file(place) if gguf else shards(Path(place.name))
-        headers: Headers = {} if gguf else _headers(files)
+        headers: Headers = {} if gguf else read_headers(files)
         chosen = _dtype(dtype, config.dtype, headers)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode:
@@ -75,39 +66,6 @@ def skeleton(source: str, dtype: str = "auto") -> Skeleton:
     model.requires_grad_(False).eval()
     size = sum(file.stat().st_size for file in files) if files else None
     return Skeleton(model, source, chosen, mode, size, gguf)
-
-
-def shards(directory: Path) -> list[Path]:
-    """The files that transformers would read: those of the index, or the one whole file."""
-    index = directory / INDEX
-    if not index.is_file():
-        return [directory / WHOLE]
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    missing = [name for name in names if not (directory / name).is_file()]
-    if missing:
-        raise ModelError(
-            f"{directory} lacks {len(missing)} of {len(names)} shards, such as {missing[0]}; copy them too"
-        )
-    return [directory / name for name in names]
-
-
-def _headers(files: list[Path]) -> Headers:
-    return {name: entry for path in files for name, entry in _header(path).items()}
-
-
-def _header(path: Path) -> Headers:
-    """Eight bytes of length, then JSON. Read by hand: the library maps the whole file, which a full machine refuses."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(size - 8, LONGEST_HEADER):
-            raise ModelError(f"{path} is no safetensors file, its header would have {length} bytes; copy it again")
-        entries = json.loads(file.read(length))
-    entries.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    if 8 + length + end != size:
-        raise ModelError(f"{path} has {size} bytes and {8 + length + end} by its header; copy or download it again")
-    return {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in entries.items()}
 
 
 def _dtype(asked: str, of_config: Any, headers: Headers) -> torch.dtype:

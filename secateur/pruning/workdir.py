@@ -30,6 +30,7 @@ from secateur.core.plan import Plan
 from secateur.errors import ArtefactError, UsageError
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.offload import is_offloaded, relocate
+from secateur.models.save import flush
 from secateur.pruning.hidden import Budget, Hidden
 from secateur.pruning.oneshot import Finished, State, block_targets
 from secateur.pruning.records import BlockRecord, block_record
@@ -192,17 +193,9 @@ def durable(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file all or nothing: under another name, flushed, renamed, and the rename itself flushed."""
     new = path.with_name(path.name + ".new")
     write(new)
-    _flush(new)
+    flush(new)
     os.replace(new, path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(path.parent)
 
 
 def _block_file(index: int) -> str:

@@ -167,3 +167,24 @@ def test_texts_need_no_torch():
     code = "import secateur.data.sources, secateur.errors, sys; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert Texts("a", ["b", "c"], "-").text == "b-c"
+
+
+@pytest.mark.parametrize("change", ["appended", "replaced"])
+def test_a_file_that_changes_while_it_is_read(change, tmp_path, monkeypatch):
+    path = tmp_path / "text.txt"
+    path.write_text("the first half")
+    read = sources.READERS[".txt"]
+
+    def slowly(path):
+        documents = read(path)
+        if change == "appended":
+            path.write_text("the first half and the second")
+        else:
+            other = path.with_name("other")
+            other.write_text("another text. ")
+            other.rename(path)
+        return documents
+
+    monkeypatch.setitem(sources.READERS, ".txt", slowly)
+    with pytest.raises(DataError, match="changed while it was read; wait until it is complete"):
+        read_texts(str(path), "calibration")

@@ -94,37 +94,48 @@ def stories_copy(stories, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def tiny_gguf(tmp_path_factory):
+def tiny_gguf(write_gguf, tmp_path_factory):
     """A two-block Llama with tied embeddings and a byte-level vocabulary, in float32."""
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def write_gguf():
+    """``write_gguf(path, lacking="...")``: that model, without tensors whose name begins so."""
     gguf = pytest.importorskip("gguf")
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he"]
-    hidden, inner, heads = 32, 64, 4
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(hidden)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(inner)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(heads // 2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(hidden // heads)
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))
-    writer.add_token_merges(["h e"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_chat_template("{{ messages[0]['content'] }}")
-    for name, shape in _gguf_tensors(len(tokens), hidden, inner).items():
-        values = 0.2 * torch.randn(shape, generator=torch.Generator().manual_seed(len(name)))
-        writer.add_tensor(name, (values + 1 if len(shape) == 1 else values).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+
+    def write(path, lacking="nothing"):
+        tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he"]
+        hidden, inner, heads = 32, 64, 4
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_context_length(64)
+        writer.add_embedding_length(hidden)
+        writer.add_block_count(2)
+        writer.add_feed_forward_length(inner)
+        writer.add_head_count(heads)
+        writer.add_head_count_kv(heads // 2)
+        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_rope_dimension_count(hidden // heads)
+        writer.add_vocab_size(len(tokens))
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(tokens)
+        writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))
+        writer.add_token_merges(["h e"])
+        writer.add_bos_token_id(0)
+        writer.add_eos_token_id(1)
+        writer.add_chat_template("{{ messages[0]['content'] }}")
+        for name, shape in _gguf_tensors(len(tokens), hidden, inner).items():
+            if name.startswith(lacking):
+                continue
+            values = 0.2 * torch.randn(shape, generator=torch.Generator().manual_seed(len(name)))
+            writer.add_tensor(name, (values + 1 if len(shape) == 1 else values).numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    return write
 
 
 def _gguf_tensors(vocabulary, hidden, inner):

@@ -76,7 +76,7 @@ def test_a_file_that_is_no_gguf(tmp_path):
 def test_corrupt_safetensors(stories_copy, contents):
     weights = stories_copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:500_000] if contents is None else contents)
-    refused(stories_copy, "cannot load .*deserializing header.*download it again")
+    refused(stories_copy, "header.*download it again")
 
 
 def rewrite_config(folder, **changes):
