@@ -6,6 +6,7 @@ beside it (``pruning.workdir``), and whoever kills the run loses at most one blo
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +25,7 @@ from secateur.models.offload import is_offloaded
 from secateur.models.save import clear_leftovers, save, staged
 from secateur.pruning.hidden import Budget
 from secateur.pruning.oneshot import BlockRecord, RunOptions, prune_blocks
+from secateur.pruning.records import LinearRecord
 from secateur.pruning.selection import Selection, select
 from secateur.pruning.work import PROBE_TOKENS as STRUCTURE_TOKENS
 from secateur.pruning.workdir import Workdir, opened
@@ -232,7 +234,7 @@ def _report(
     loaded: Loaded, config: PruneConfig, plan: Plan, records: list[BlockRecord], texts: Texts, blocks: int
 ) -> dict[str, Any]:
     linears = [linear for record in records for linear in record.linears]
-    notes = [f"{linear.name}: {linear.note}" for linear in linears if linear.note]
+    notes = [*short_of_tokens(linears), *(f"{linear.name}: {linear.note}" for linear in linears if linear.note)]
     zeros = sum(linear.sparsity * plan[linear.name].size for linear in linears)
     errors = [record.output_error for record in records if record.output_error is not None]
     return {
@@ -256,6 +258,19 @@ def _report(
         "warnings": notes,
         "versions": versions(),
     }
+
+
+def short_of_tokens(linears: Sequence[LinearRecord]) -> list[str]:
+    """One line where some linears saw fewer tokens than they have inputs, which leaves directions unknown."""
+    seen = [linear.inputs for linear in linears if linear.inputs]
+    short = [inputs for inputs in seen if inputs.tokens < inputs.columns]
+    if not short:
+        return []
+    worst = min(short, key=lambda inputs: inputs.tokens / inputs.columns)
+    return [
+        f"{len(short)} of {len(seen)} linears saw fewer tokens than they have inputs, such as {worst.tokens} for "
+        f"{worst.columns}: some directions are unknown; use more samples or longer ones"
+    ]
 
 
 def resolve_device(device: Device) -> Literal["cpu", "cuda"]:

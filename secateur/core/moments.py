@@ -88,3 +88,29 @@ class CrossMoments:
 
     def mean(self) -> Float[Tensor, "K C"]:
         return self.sum / max(self.tokens, 1)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What moments tell of the inputs behind them."""
+
+    tokens: int
+    columns: int
+    dead: int
+    """Columns that were zero for every token: nothing is known of their weights, and nothing depends on them."""
+    dimension: float | None
+    """tr(H)² / |H|², the directions that carry the energy: 1 where one carries all, at most min(tokens, columns). None
+    where only norms were kept."""
+    largest: float | None
+    """Mean square of the largest column over their median: thousands where a few activations are massive. None where
+    half of the columns are dead."""
+
+
+def inputs_of(moments: Gram | ColumnNorms) -> Inputs:
+    """Costs a pass over the sums."""
+    sums = moments.sum.double()
+    norms = sums.diagonal() if sums.ndim == 2 else sums
+    energy, median = float(norms.sum()), float(norms.median())
+    dimension = energy**2 / float(sums.square().sum()) if sums.ndim == 2 and energy > 0 else None
+    largest = float(norms.max()) / median if median > 0 else None
+    return Inputs(moments.tokens, len(norms), int((norms == 0).sum()), dimension, largest)

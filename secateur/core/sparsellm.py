@@ -110,9 +110,9 @@ class Refined(NamedTuple):
 
     ffn: FeedForward
     rounds: tuple[Round, ...]
-    first_gram: Float[Tensor, "D D"]
-    """Mean Gram matrix of the inputs that the first matrices were pruned for."""
-    down_gram: Float[Tensor, "K K"]
+    first_gram: Gram
+    """Of the inputs that the first matrices were pruned for."""
+    down_gram: Gram
     """The same of the down projection."""
     note: str = ""
 
@@ -143,11 +143,11 @@ def output_error(ffn: FeedForward, tokens: Iterable[tuple[Tensor, Tensor]]) -> f
     return lost / total if total > 0 else 0.0
 
 
-def input_gram(tokens: Tokens) -> Float[Tensor, "D D"]:
+def input_gram(tokens: Tokens) -> Gram:
     gram = Gram.zeros(tokens[0][0].shape[1], tokens[0][0].device, tokens[0][0].dtype)
     for X, _ in tokens:
         gram.update(X)
-    return gram.mean()
+    return gram
 
 
 # --------------------------------------------------------------------------------------------------------- closed mode
@@ -167,7 +167,7 @@ class Iterate(NamedTuple):
     """A pruned FFN on its way."""
 
     ffn: FeedForward
-    down_gram: Float[Tensor, "K K"]
+    down_gram: Gram
     error: float
     """True relative error on the held-out tokens."""
     note: str
@@ -185,7 +185,8 @@ def closed_feedforward(
         ffn, down_gram, down_note = solve_down(ffn, dense.down.W, train, patterns, options, solver)
         return Iterate(ffn, down_gram, output_error(ffn, held), note or down_note)
 
-    H = input_gram(train)
+    inputs = input_gram(train)
+    H = inputs.mean()
     first = solver.solve(first_weights(dense), H, patterns.first)
     best = closed(with_first(dense, first.W), first.note)
     rounds = [Round(0, None, best.error, True)]
@@ -201,7 +202,7 @@ def closed_feedforward(
             break
         rounds[t - 1] = rounds[t - 1]._replace(chosen=False)
         best = trial
-    return Refined(best.ffn, tuple(rounds), H, best.down_gram, best.note)
+    return Refined(best.ffn, tuple(rounds), inputs, best.down_gram, best.note)
 
 
 def moved(
@@ -246,7 +247,7 @@ def solve_down(
     patterns: Patterns,
     options: SparseLLM,
     solver: LayerSolver,
-) -> tuple[FeedForward, Float[Tensor, "K K"], str]:
+) -> tuple[FeedForward, Gram, str]:
     """The down projection fitted to the targets on the activations that ``ffn`` really produces, then pruned."""
     D, K = W0.shape
     gram, residual = Gram.zeros(K, W0.device, W0.dtype), CrossMoments.zeros(D, K, W0.device, W0.dtype)
@@ -257,7 +258,7 @@ def solve_down(
         residual.update(Y - reference(a), a)
     H = gram.mean()
     pruned = solver.solve(fit(W0, H, residual.mean(), options.fit_damp), H, patterns.down)
-    return with_down(ffn, pruned.W), H, pruned.note
+    return with_down(ffn, pruned.W), gram, pruned.note
 
 
 # ---------------------------------------------------------------------------------------------------------- paper mode
@@ -274,7 +275,7 @@ class FitSums(NamedTuple):
     first: Float[Tensor, "R D"]
     """Residual cross moments of the first matrices, gate over up: (target - X W0ᵀ)ᵀ X / tokens."""
     down: Float[Tensor, "D K"]
-    down_gram: Float[Tensor, "K K"]
+    down_gram: Gram
     objective: float
     """F per token."""
 
@@ -286,19 +287,21 @@ def paper_feedforward(
 
     z and s start from the dense network and are carried from round to round, as is H of the first matrices.
     """
-    H = input_gram(tokens)
+    inputs = input_gram(tokens)
+    H = inputs.mean()
     carried = [pre_activations(dense, X) for X, _ in tokens]
-    ffn, note, down_gram = pruned, "", torch.empty(0)
+    ffn, note, down_gram = pruned, "", Gram.zeros(dense.down.W.shape[1])
     rounds = [Round(0, None, output_error(pruned, tokens), options.iterations == 1)]
     for t in range(1, options.iterations):
         carried, sums = update_tokens(dense, ffn, tokens, carried, options)
         down_gram = sums.down_gram
+        G = down_gram.mean()
         first = solver.solve(fit(first_weights(dense), H, sums.first, PAPER_DAMP), H, patterns.first)
-        down = solver.solve(fit(dense.down.W, down_gram, sums.down, PAPER_DAMP), down_gram, patterns.down)
+        down = solver.solve(fit(dense.down.W, G, sums.down, PAPER_DAMP), G, patterns.down)
         ffn, note = with_down(with_first(ffn, first.W), down.W), first.note or down.note
         last = t == options.iterations - 1
         rounds.append(Round(t, sums.objective, output_error(ffn, tokens), last))
-    return Refined(ffn, tuple(rounds), H, down_gram, note)
+    return Refined(ffn, tuple(rounds), inputs, down_gram, note)
 
 
 def update_tokens(
@@ -322,4 +325,4 @@ def update_tokens(
         down.update(Y - p @ dense.down.W.T, p)
         first.update(stacked(new) - stacked(pre_activations(dense, X)), X)
         objective += chunk_objective(ffn, realised, Y, p, new, options.penalties)
-    return updated, FitSums(first.mean(), down.mean(), gram.mean(), objective / gram.tokens)
+    return updated, FitSums(first.mean(), down.mean(), gram, objective / gram.tokens)

@@ -58,8 +58,7 @@ def attention_inputs(work: Work, options: SparseLLM) -> tuple[Hidden, Hidden]:
     solver = Precise(options.inner, work)
     for g, gram in grams.items():
         W, pattern = work.stacked(g)
-        H = gram.mean()
-        work.solved(g, W, solver.solve(W, H, pattern), H)
+        work.solved(g, W, solver.solve(W, gram.mean(), pattern), gram)
     return outputs, attended
 
 
@@ -95,18 +94,18 @@ def attention_output(work: Work, attended: Hidden, options: SparseLLM) -> None:
                 work.run(rows)
     H = gram.mean()
     pruned = Precise(options.inner, work).solve(fit(W0, H, residual.mean(), options.fit_damp), H, pattern)
-    work.solved((out,), W0, pruned, H)
+    work.solved((out,), W0, pruned, gram)
 
 
 def ffn_tokens(work: Work, outputs: Hidden, options: SparseLLM) -> tuple[Hidden, Hidden]:
-    """Inputs X of the FFN behind the pruned attention, and the targets Y that it is fitted to."""
+    """Inputs X of the FFN behind the pruned attention, and the targets Y that it is fitted to, a row for each token."""
     inputs, targets = work.waiting(), work.waiting()
     absorbs = options.target == "block" and work.layout.additive
     with work.forwards("attention forward"), silenced(work, inputs):
         for rows, output in zip(work.hidden, outputs, strict=True):
             residual = work.run(rows)
             if absorbs:
-                targets.append(output - residual)
+                targets.append((output - residual).flatten(0, -2))
     if absorbs:
         return inputs, targets
     with work.forwards("dense forward"):
@@ -123,7 +122,7 @@ def silenced(work: Work, inputs: Hidden) -> Iterator[None]:
         return lambda X: X.new_zeros(*X.shape[:-1], rows)
 
     def collect(X: Tensor) -> None:
-        inputs.append(X.cpu())
+        inputs.append(X.flatten(0, -2).cpu())
 
     with watching({work.linear(form.up.linear): collect}), ExitStack() as stack:
         for name in names:

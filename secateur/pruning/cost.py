@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from secateur.core.solvers import ADMM, Magnitude, Solver, SparseGPT, Wanda
 from secateur.pruning.ffn import HELD_OUT
-from secateur.pruning.oneshot import ERROR_CHUNKS
+from secateur.pruning.oneshot import ERROR_ROWS
 from secateur.pruning.work import PROBE_TOKENS
 
 FLOAT32 = 4
@@ -123,14 +123,13 @@ class Run(NamedTuple):
 
     @property
     def held(self) -> int:
-        """Tokens that judge an FFN's iterates: one chunk in HELD_OUT, all where there are fewer."""
-        chunks = -(-self.samples // self.batch) // HELD_OUT
-        return min(chunks * self.chunk, self.tokens) or self.tokens
+        """Tokens that judge an FFN's iterates."""
+        return self.tokens // HELD_OUT
 
     @property
     def fitted(self) -> int:
         """Tokens that the FFN's fits see."""
-        return self.tokens - self.held if self.held < self.tokens else self.tokens
+        return self.tokens - self.held
 
 
 # ------------------------------------------------------------------------------------------------------------- forwards
@@ -261,7 +260,7 @@ def solves(shape: BlockShape, solver: Solver) -> Cost:
 
 def sample(shape: BlockShape, run: Run) -> Cost:
     """The dense block's outputs on the chunks its error is measured on, and the replays that show its structure."""
-    return forward(shape, min(ERROR_CHUNKS * run.chunk, run.tokens) + REPLAYS * PROBE_TOKENS, run)
+    return forward(shape, min(ERROR_ROWS, run.samples) * run.seq_len + REPLAYS * PROBE_TOKENS, run)
 
 
 def propagate(shape: BlockShape, run: Run) -> Cost:

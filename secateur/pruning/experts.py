@@ -15,14 +15,13 @@ token). Experts are worked on one at a time.
 """
 
 from collections.abc import Iterator
-from math import ceil
 
 import torch
 from torch import Tensor, nn
 
 from secateur.core.sparsellm import Refined, SparseLLM
 from secateur.models.layout import FeedForwardForm
-from secateur.pruning.ffn import HELD_OUT, dense_targets, ffn_view, first_linears, prune_ffn
+from secateur.pruning.ffn import dense_targets, ffn_view, first_linears, prune_ffn
 from secateur.pruning.hidden import Hidden
 from secateur.pruning.layerwise import solve_groups
 from secateur.pruning.records import RoundRecord
@@ -48,7 +47,7 @@ def linears_of(form: FeedForwardForm) -> tuple[str, ...]:
 
 def too_few(work: Work, form: FeedForwardForm, chunks: Hidden) -> str:
     """The note on an expert whose tokens are too few to fit it; empty where they are enough."""
-    tokens = sum(map(len, chunks))
+    tokens = chunks.rows
     wanted = FIT_TOKENS_PER_INPUT * max(work.targets[name].shape[1] for name in linears_of(form))
     return f"{tokens} of {wanted} tokens that SparseLLM's fits want, so they were left out" if tokens < wanted else ""
 
@@ -97,11 +96,8 @@ def collector(chunks: Hidden) -> Watcher:
 
 
 def even(work: Work, chunks: Hidden) -> Hidden:
-    """The same tokens in even chunks, enough of them that some can be held out."""
-    if not chunks:
-        return chunks
-    tokens = torch.cat(list(chunks))
-    return work.waiting(tokens.split(min(CHUNK, ceil(len(tokens) / HELD_OUT))))
+    """The same tokens in chunks of one size."""
+    return work.waiting(torch.cat(list(chunks)).split(CHUNK)) if chunks else chunks
 
 
 def targets(work: Work, form: FeedForwardForm, chunks: Hidden) -> Hidden:

@@ -15,8 +15,8 @@ from secateur.pruning.hidden import Hidden
 from secateur.pruning.work import Precise, Work
 
 HELD_OUT = 8
-"""One calibration chunk in so many is held out of the FFN's fits and judges its iterates; with fewer chunks than that
-they are judged on the chunks they were fitted on."""
+"""One calibration token in so many, the first ones, is held out of the FFN's fits and judges its iterates; with fewer
+tokens than that all are fitted and judge."""
 
 
 def ffn_view(work: Work, form: FeedForwardForm) -> FeedForward:
@@ -68,9 +68,10 @@ def dense_targets(work: Work, dense: FeedForward, inputs: Hidden) -> Hidden:
 def prune_ffn(work: Work, form: FeedForwardForm, X: Hidden, Y: Hidden, options: SparseLLM) -> Refined:
     """Closed mode on one FFN: hand it and its tokens to the block solver and write what comes back."""
     dense = ffn_view(work, form)
-    held = len(X) // HELD_OUT
-    train = HostTokens(X[held:], Y[held:], work.options.device)
-    test = HostTokens(X[:held] or X, Y[:held] or Y, work.options.device)
+    held = X.rows // HELD_OUT
+    (X_held, X), (Y_held, Y) = X.parted(held), Y.parted(held)
+    train = HostTokens(X, Y, work.options.device)
+    test = HostTokens(X_held, Y_held, work.options.device) if held else train
     solver = Precise(options.inner, work)
     with work.forwards("ffn"):
         refined = closed_feedforward(dense, train, test, ffn_patterns(work, form), options, solver)

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Size, Tensor
 
 
 class Budget:
@@ -33,13 +33,13 @@ class Budget:
         size = rows.numel() * rows.element_size()
         if self.folder is None or self.used + size <= self.limit:
             self._count(size, 0)
-            chunk = Chunk(rows)
+            chunk = Chunk(rows, rows.shape)
             weakref.finalize(chunk, self._count, -size, 0)
             return chunk
         path = self.folder / f"{uuid4().hex}.safetensors"
         save_file({"rows": rows.contiguous()}, path)
         self._count(0, size)
-        chunk = Chunk(path)
+        chunk = Chunk(path, rows.shape)
         weakref.finalize(chunk, self._remove, path, size)
         return chunk
 
@@ -56,8 +56,9 @@ class Budget:
 class Chunk:
     """Some rows, wherever they are."""
 
-    def __init__(self, rows: Tensor | Path) -> None:
+    def __init__(self, rows: Tensor | Path, shape: Size) -> None:
         self._rows = rows
+        self.shape = shape
 
     def load(self) -> Float[Tensor, "B S D"]:
         return load_file(self._rows)["rows"] if isinstance(self._rows, Path) else self._rows
@@ -78,6 +79,27 @@ class Hidden(Sequence[Tensor]):
     def share(self, other: "Hidden", index: int) -> None:
         """Append a chunk of another one as it is."""
         self._chunks.append(other._chunks[index])
+
+    def parted(self, rows: int) -> tuple["Hidden", "Hidden"]:
+        """The first so many rows, and the others; a chunk that has some of both is copied."""
+        head, tail = Hidden(self.budget), Hidden(self.budget)
+        for index, chunk in enumerate(self._chunks):
+            wanted = rows - head.rows
+            if wanted <= 0 or wanted >= chunk.shape[0]:
+                (head if wanted > 0 else tail).share(self, index)
+                continue
+            cut = chunk.load()
+            head.append(cut[:wanted].clone())
+            tail.append(cut[wanted:].clone())
+        return head, tail
+
+    @property
+    def rows(self) -> int:
+        return sum(chunk.shape[0] for chunk in self._chunks)
+
+    @property
+    def tokens(self) -> int:
+        return sum(chunk.shape[:-1].numel() for chunk in self._chunks)
 
     def __len__(self) -> int:
         return len(self._chunks)

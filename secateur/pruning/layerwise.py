@@ -33,7 +33,7 @@ def solve_groups(work: Work, groups: Iterable[Linears], sums: Sums, notes: dict[
         H = sums[linears].mean() if linears in sums else None
         pruned = Precise(solver, work).solve(W, torch.ones(W.shape[1], device=W.device) if H is None else H, pattern)
         note = "; ".join(filter(None, (notes.get(linears, ""), pruned.note)))
-        work.solved(linears, W, pruned._replace(note=note), H)
+        work.solved(linears, W, pruned._replace(note=note), sums.get(linears))
 
 
 def planned_groups(work: Work) -> list[Linears]:

@@ -28,8 +28,8 @@ from secateur.pruning.work import PROBE_TOKENS, RunOptions, Work
 
 MAX_DROPPED = 0.1
 """Share of calibration rows that may turn non-finite before the run stops."""
-ERROR_CHUNKS = 2
-"""Chunks on which a block's output error is measured."""
+ERROR_ROWS = 2
+"""Rows on which a block's output error is measured."""
 
 Method = Solver | SparseLLM
 
@@ -92,11 +92,12 @@ def first_hidden(adapter: DecoderAdapter, windows: Int[Tensor, "rows S"], option
 
 def prune_and_measure(work: Work, method: Method) -> tuple[float | None, Refined | None]:
     """Prune one block, move its hidden states on; the share of its work that is lost, and its FFN's iterates."""
-    sample = [work.run(rows) for rows in work.hidden[:ERROR_CHUNKS]]
+    inputs = work.hidden.parted(ERROR_ROWS)[0]
+    sample = [work.run(rows) for rows in inputs]
     refined = prune_one(work, method)
-    inputs = work.hidden[:ERROR_CHUNKS]
     work.hidden = propagate(work)
-    return (None if work.dropped else lost_work(inputs, sample, work.hidden)), refined
+    outputs = work.hidden.parted(ERROR_ROWS)[0]
+    return (None if work.dropped else lost_work(inputs, sample, outputs)), refined
 
 
 def block_targets(plan: Plan, block_name: str) -> dict[str, Target]:
@@ -120,17 +121,16 @@ def propagate(work: Work) -> Hidden:
 
 
 def check_rows(name: str, started: int, hidden: Hidden) -> None:
-    left = sum(len(rows) for rows in hidden)
-    if left < (1 - MAX_DROPPED) * started:
+    if hidden.rows < (1 - MAX_DROPPED) * started:
         raise NumericalError(
-            f"{started - left} of {started} calibration rows are not finite after {name} (a tenth may be); "
+            f"{started - hidden.rows} of {started} calibration rows are not finite after {name} (a tenth may be); "
             "load the model in a wider dtype (--dtype float32), or use a lower sparsity or another method"
         )
 
 
 def lost_work(inputs: Hidden, dense: Sequence[Tensor], pruned: Hidden) -> float:
-    """|pruned - dense|² / |dense - input|² over the sampled chunks."""
-    lost = sum(float((p.float() - d.float()).square().sum()) for d, p in zip(dense, pruned, strict=False))
+    """|pruned - dense|² / |dense - input|² over the sampled rows."""
+    lost = sum(float((p.float() - d.float()).square().sum()) for d, p in zip(dense, pruned, strict=True))
     done = sum(float((d.float() - x.float()).square().sum()) for x, d in zip(inputs, dense, strict=True))
     return lost / done if done > 0 else 0.0
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from secateur.core.moments import Inputs
+
 
 @dataclass(frozen=True)
 class LinearRecord:
@@ -18,6 +20,8 @@ class LinearRecord:
     relative_error: float | None
     """tr(D H Dᵀ) / tr(W0 H W0ᵀ) on the inputs it was pruned for; None where the method looks at no inputs."""
     note: str = ""
+    inputs: Inputs | None = None
+    """What is known of the inputs; None where the method looks at none."""
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,8 @@ class Pool:
     @classmethod
     def of(cls, work: Work, layout: ExpertLayout) -> "Pool":
         """An empty one that will hold TOKENS_PER_INPUT times the widest input of an expert, or up to twice that."""
-        tokens = sum(rows.shape[0] * rows.shape[1] for rows in work.hidden)
         widest = max(linear.weight.shape[1] for linears in layout.experts.linears for linear in linears.values())
-        return cls(layout, max(1, tokens // (TOKENS_PER_INPUT * widest)))
+        return cls(layout, max(1, work.hidden.tokens // (TOKENS_PER_INPUT * widest)))
 
     @property
     def entrance(self) -> nn.Module:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from secateur.core.moments import ColumnNorms, Gram, inputs_of
 from secateur.core.pattern import Pattern, Stacked
 from secateur.core.plan import Target
 from secateur.core.solver import LayerSolver, Needs, Pruned, relative_error
@@ -148,7 +149,7 @@ class Work:
             for module, inputs in seen.items():
                 watchers[module](inputs)
             yield out
-        self.dropped += sum(map(len, self.hidden)) - sum(map(len, kept))
+        self.dropped += self.hidden.rows - kept.rows
         self.hidden = kept
 
     def watched(
@@ -177,8 +178,11 @@ class Work:
         with products(self.options.precision), self.stage(name), torch.no_grad():
             yield
 
-    def solved(self, linears: tuple[str, ...], before: Tensor, after: Pruned, H: Tensor | None) -> None:
+    def solved(
+        self, linears: tuple[str, ...], before: Tensor, after: Pruned, moments: Gram | ColumnNorms | None
+    ) -> None:
         """Write stacked solved weights back into their linears and keep a record of each."""
+        H, inputs = (moments.mean(), inputs_of(moments)) if moments else (None, None)
         sizes = [self.targets[name].shape[0] for name in linears]
         for name, W0, W in zip(linears, before.split(sizes), after.W.split(sizes), strict=True):
             linear = self.linear(name)
@@ -193,6 +197,7 @@ class Work:
                 sparsity=float((written == 0).double().mean()),
                 relative_error=None if H is None else relative_error(W0, written, H),
                 note=after.note,
+                inputs=inputs,
             )
 
     def add_note(self, linears: Iterable[str], note: str) -> None:

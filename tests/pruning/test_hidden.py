@@ -40,3 +40,14 @@ def test_files_and_room_go_with_the_last_user(tmp_path):
 
 def test_without_a_folder_there_is_no_limit():
     assert Hidden(Budget(), ROWS).budget.used == 5 * SIZE
+
+
+@pytest.mark.parametrize("room", [0, 9])
+def test_rows_can_be_parted_anywhere(room, tmp_path):
+    rows = torch.arange(10.0).view(10, 1, 1)
+    hidden = Hidden(Budget(room * 4, tmp_path), rows.split(3))
+    assert (hidden.rows, hidden.tokens) == (10, 10)
+    for first in range(12):
+        head, tail = hidden.parted(first)
+        assert torch.equal(torch.cat([*head, *tail]), rows)
+        assert head.rows == min(first, 10)

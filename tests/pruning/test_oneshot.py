@@ -124,12 +124,46 @@ def test_the_same_run_twice_gives_the_same_weights():
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
-def test_chunks_of_rows_change_nothing_but_rounding():
+@pytest.mark.parametrize("batch", [3, 8])  # 8 rows: the last chunk of 3 is shorter
+@pytest.mark.parametrize("method", METHODS)
+def test_chunks_of_rows_change_nothing_but_rounding(method, batch):
+    """Sums in another order differ in the 7th digit. Closed mode's rounds choose between iterates, and amplify that."""
     one, other = make("llama"), make("llama")
-    run(one, Wanda(), batch=1)
-    run(other, Wanda(), batch=3)  # 8 rows: the last chunk is shorter
-    for a, b in zip(one.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(a, b)
+    plan, alone = run(one, METHODS[method], batch=1)
+    _, together = run(other, METHODS[method], batch=batch)
+    assert [r.output_error for r in together] == pytest.approx(
+        [r.output_error for r in alone], rel=0.02 if method == "closed" else 5e-6
+    )
+    flipped = sum(int(((one.get_submodule(n).weight == 0) != (other.get_submodule(n).weight == 0)).sum()) for n in plan)
+    assert flipped <= (0.01 * plan.size if method == "closed" else 0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_threads_change_nothing_but_rounding(method):
+    one, other = make("llama"), make("llama")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        _, alone = run(one, METHODS[method])
+        torch.set_num_threads(4)
+        _, together = run(other, METHODS[method])
+    finally:
+        torch.set_num_threads(threads)
+    assert [r.output_error for r in together] == pytest.approx([r.output_error for r in alone], rel=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_massive_activations_are_survived_and_told(method):
+    """One channel of the residual stream a thousand times larger than the others, as in many large models."""
+    model = make("llama")
+    model.model.embed_tokens.weight[:, 7] *= 1000
+    _, records = run(model, METHODS[method])
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    linears = [linear for record in records for linear in record.linears]
+    if method != "magnitude":
+        assert max(linear.inputs.largest for linear in linears) > 100
+        assert all(0 <= linear.relative_error < 1 for linear in linears)
+    assert all(record.output_error < 1 for record in records)
 
 
 def test_only_the_chosen_blocks_are_pruned():
