@@ -33,7 +33,7 @@ class Factor(NamedTuple):
 def mean_diagonal(H: Float[Tensor, "C C"]) -> float:
     """Mean of diag(H), the scale that damping is relative to. NumericalError where it is zero or not finite."""
     scale = float(H.diagonal().mean())
-    if not torch.isfinite(H).all():
+    if not all_finite(H):
         bad = int((~torch.isfinite(H)).sum())
         raise NumericalError(
             f"{bad} of {H.numel()} second moments are not finite; the inputs overflow: use a wider dtype"
@@ -41,6 +41,11 @@ def mean_diagonal(H: Float[Tensor, "C C"]) -> float:
     if scale <= 0:
         raise NumericalError("every calibration input of this linear is zero, so nothing was learnt of it; exclude it")
     return scale
+
+
+def all_finite(M: Tensor) -> bool:
+    """Whether no element is infinite or nan; a finite sum says so in one pass, any other needs a closer look."""
+    return bool(torch.isfinite(M.sum())) or bool(torch.isfinite(M).all())
 
 
 def channel_norms(H: Float[Tensor, "C C"]) -> Float[Tensor, " C"]:
@@ -71,7 +76,7 @@ def _factor(H: Float[Tensor, "C C"], ridge: float) -> Float[Tensor, "C C"] | Non
     """Lower Cholesky factor of H + ridge I; None where that is not definite in H's precision."""
     shifted = H + ridge * torch.eye(H.shape[0], device=H.device, dtype=H.dtype)
     L, info = torch.linalg.cholesky_ex(shifted)
-    return L if int(info) == 0 and bool(torch.isfinite(L).all()) else None
+    return L if int(info) == 0 and all_finite(L) else None
 
 
 def inverse_cholesky(H: Float[Tensor, "C C"], damp: float) -> tuple[Float[Tensor, "C C"], str]:

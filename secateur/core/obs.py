@@ -33,32 +33,35 @@ def obs_sweep(
     a whole column block for unstructured patterns, M columns for N:M.
     """
     Wt = W.T.contiguous().clone()  # (C, R), ours from here on
-    mask = torch.empty_like(Wt, dtype=torch.bool)
+    gone = torch.empty_like(Wt)  # 1 where a weight goes, 0 where it stays
     C = Wt.shape[0]
     for start in range(0, C, column_block):
         stop = min(start + column_block, C)
-        errors = _sweep_block(Wt, U, mask, choose, start, stop, choose_every)
+        errors = _sweep_block(Wt, U, gone, choose, start, stop, choose_every)
         Wt[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
-    return Wt.T, mask.T
+    return Wt.T, gone.T == 0
 
 
 def _sweep_block(
-    Wt: Tensor, U: Tensor, mask: Tensor, choose: ChooseMask, start: int, stop: int, choose_every: int
+    Wt: Tensor, U: Tensor, gone: Tensor, choose: ChooseMask, start: int, stop: int, choose_every: int
 ) -> Float[Tensor, "width R"]:
     errors = torch.empty_like(Wt[start:stop])
+    columns, leaving, lost = (rows.unbind() for rows in (Wt[start:stop], gone[start:stop], errors))
+    scales = U.diagonal()[start:stop].tolist()
     panel = choose_every * max(1, PANEL // choose_every) if choose_every < stop - start else PANEL
     if choose_every >= stop - start:
-        _choose(Wt, U, mask, choose, start, stop)
+        _choose(Wt, U, gone, choose, start, stop)
     for left in range(start, stop, panel):
         right = min(left + panel, stop)
         for j in range(left, right):
-            if choose_every < stop - start and (j - start) % choose_every == 0:
-                _choose(Wt, U, mask, choose, j, min(j + choose_every, stop))
-            error = torch.mul(Wt[j], ~mask[j], out=errors[j - start]).div_(U[j, j])
-            Wt[j + 1 : right].addr_(U[j, j + 1 : right], error, alpha=-1)
+            i = j - start
+            if choose_every < stop - start and i % choose_every == 0:
+                _choose(Wt, U, gone, choose, j, min(j + choose_every, stop))
+            torch.mul(columns[i], leaving[i], out=lost[i]).div_(scales[i])
+            Wt[j + 1 : right].addr_(U[j, j + 1 : right], lost[i], alpha=-1)
         Wt[right:stop].addmm_(U[left:right, right:stop].T, errors[left - start : right - start], alpha=-1)
     return errors
 
 
-def _choose(Wt: Tensor, U: Tensor, mask: Tensor, choose: ChooseMask, start: int, stop: int) -> None:
-    mask[start:stop] = choose(Wt[start:stop].T, U.diagonal()[start:stop], start).T
+def _choose(Wt: Tensor, U: Tensor, gone: Tensor, choose: ChooseMask, start: int, stop: int) -> None:
+    gone[start:stop] = ~choose(Wt[start:stop].T, U.diagonal()[start:stop], start).T
