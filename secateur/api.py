@@ -22,6 +22,7 @@ from secateur.evaluation.perplexity import PerplexityResult, evaluate_text
 from secateur.models.load import Loaded
 from secateur.models.offload import is_offloaded
 from secateur.models.save import refuse_occupied
+from secateur.pruning.ranks import launched
 from secateur.report.artefact import finished_report, read_records
 from secateur.report.comparison import Comparison, compare
 from secateur.report.facts import Stopwatch
@@ -47,19 +48,21 @@ def prune(
     """Prune a model, given by its source or as an object (then with its tokenizer), which is changed in place.
 
     ``data`` overrides ``config.data``. ``out`` is a directory that does not exist yet or that an earlier run wrote;
-    while the run lasts, its finished blocks are kept beside it, and ``resume`` goes on with them.
+    while the run lasts, its finished blocks are kept beside it, and ``resume`` goes on with them. Processes that
+    torchrun started prune together.
     """
     config = replace(config, data=data or config.data)
     watch = Stopwatch(progress)
-    if out is None:
-        return Run.prepare(model, tokenizer, config, watch).in_memory()
-    place = Path(os.path.abspath(Path(out).expanduser()))
-    refuse_occupied(place, overwrite=True)
-    run = Run.prepare(model, tokenizer, config, watch)
-    if resume and (report := finished_report(place / "secateur", run.identity)) is not None:
-        watch.progress.stage(f"{place} is complete: nothing was left to do")
-        return _reopened(place, report, watch)
-    return run.into(place, resume)
+    with launched() as ranks:
+        if out is None:
+            return Run.prepare(model, tokenizer, config, watch, ranks).in_memory()
+        place = Path(os.path.abspath(Path(out).expanduser()))
+        refuse_occupied(place, overwrite=True)
+        run = Run.prepare(model, tokenizer, config, watch, ranks)
+        if resume and (report := finished_report(place / "secateur", run.identity)) is not None:
+            watch.progress.stage(f"{place} is complete: nothing was left to do")
+            return _reopened(place, report, watch)
+        return run.into(place, resume)
 
 
 def _reopened(out: Path, report: dict[str, Any], watch: Stopwatch) -> PruneResult:

@@ -42,3 +42,7 @@ class NumericalError(SecateurError):
 
 class DeviceError(SecateurError):
     """The device asked for is not available on this machine."""
+
+
+class ProcessError(SecateurError):
+    """Another process of the same run is gone."""

@@ -25,6 +25,7 @@ from secateur.models.offload import is_offloaded
 from secateur.models.save import clear_leftovers, save, staged
 from secateur.pruning.hidden import Budget
 from secateur.pruning.oneshot import BlockRecord, RunOptions, prune_blocks
+from secateur.pruning.ranks import ALONE, Ranks
 from secateur.pruning.records import LinearRecord
 from secateur.pruning.selection import Selection, select
 from secateur.pruning.work import PROBE_TOKENS as STRUCTURE_TOKENS
@@ -69,20 +70,28 @@ class Run:
     """With nothing left to circumstances."""
     selection: Selection
     watch: Stopwatch
+    ranks: Ranks
 
     @classmethod
     def prepare(
-        cls, model: "Source", tokenizer: "PreTrainedTokenizerBase | None", config: PruneConfig, watch: Stopwatch
+        cls,
+        model: "Source",
+        tokenizer: "PreTrainedTokenizerBase | None",
+        config: PruneConfig,
+        watch: Stopwatch,
+        ranks: Ranks = ALONE,
     ) -> "Run":
         config, device = with_text_needed(config), resolve_device(config.device)
         with watch.stage("data", f"read {config.data}"):
             texts = read_texts(config.data, "calibration")
         loaded = open_model(model, tokenizer, config.dtype, watch, config.offload)
         windows = _windows(loaded, texts, config)
+        if ranks.size > len(windows) and config.method.needs != "nothing":
+            raise UsageError(f"{ranks.size} processes for {len(windows)} samples; start fewer, or use more samples")
         adapter = DecoderAdapter(loaded.model)
         selection = select_linears(adapter, config)
         settled = _settled(config, loaded, device, len(adapter.blocks))
-        return cls(loaded, adapter, texts, windows, settled, selection, watch)
+        return cls(loaded, adapter, texts, windows, settled, selection, watch, ranks)
 
     @property
     def plan(self) -> Plan:
@@ -96,8 +105,17 @@ class Run:
             "recipe": {key: value for key, value in self.config.to_dict().items() if key not in MACHINE},
             "model": self.loaded.fingerprint,
             "tokens": tokens,
+            "processes": self.ranks.size,
             "versions": versions(),
         }
+
+    @property
+    def own_windows(self) -> torch.Tensor:
+        """This process's share of the calibration; a method that needs none shows all of it to everybody."""
+        if self.config.method.needs == "nothing":
+            return self.windows
+        share = self.ranks.share(len(self.windows))
+        return self.windows[share.start : share.stop]
 
     def in_memory(self) -> PruneResult:
         if is_offloaded(self.loaded.model):
@@ -111,17 +129,19 @@ class Run:
 
     def into(self, out: Path, resume: bool) -> PruneResult:
         """Prune, save, open what was saved again, check it; all or nothing at ``out``."""
-        with opened(out, self.identity, resume=resume) as work:
+        with opened(out, self.identity, resume=resume, ranks=self.ranks) as work:
             self.verify()
             before = work.kept
-            clear_leftovers(out)
             budget = work.budget(int(self.config.hidden_memory * 1e9))
             records = self.blocks(budget, work)
-            with staged(out, overwrite=True) as folder:
-                self.save(folder, records)
-                report = self.report(records, budget) | {"out": str(out), "resumed_after_blocks": before}
-                write_report(folder / "secateur", report)
-            clear_leftovers(out)
+            report = self.report(records, budget) | {"out": str(out), "resumed_after_blocks": before}
+            if self.ranks.first:
+                clear_leftovers(out)
+                with staged(out, overwrite=True) as folder:
+                    self.save(folder, records)
+                    report |= self.spent()
+                    write_report(folder / "secateur", report)
+                clear_leftovers(out)
         if is_offloaded(self.loaded.model):  # what it read from is gone
             return PruneResult(load(str(out), offload="on").model, self.loaded.tokenizer, records, report)
         return PruneResult(self.loaded.model, self.loaded.tokenizer, records, report)
@@ -134,9 +154,9 @@ class Run:
         """Prune block by block, from where the run stands."""
         records, state = work.restore(self.adapter, budget) if work else ([], None)
         precision = resolve_precision(self.config.precision, self.config.device)
-        options = RunOptions(self.config.device, self.config.batch, precision, budget)
+        options = RunOptions(self.config.device, self.config.batch, precision, budget, self.ranks)
         with self.watch.stage("prune", f"prune, going on after {len(records)} blocks" if records else "prune"):
-            for finished in prune_blocks(self.adapter, self.windows, self.plan, self.config.method, options, state):
+            for finished in prune_blocks(self.adapter, self.own_windows, self.plan, self.config.method, options, state):
                 if work:
                     work.keep(self.adapter, self.plan, finished)
                 records.append(finished.record)
@@ -167,8 +187,12 @@ class Run:
         report["left_alone"] = self.adapter.left_alone()
         report["skipped"] = [row.to_dict() for row in self.selection.skipped]
         report["hidden_states"] = {"memory_peak": budget.peak_used, "disk_peak": budget.peak_spilled}
+        return report | {"out": None, "processes": self.ranks.size} | self.spent()
+
+    def spent(self) -> dict[str, Any]:
+        """Seconds by stage up to now, and the most memory."""
         seconds = {**self.watch.seconds, "total": self.watch.total}
-        return report | {"out": None, "seconds": seconds, "peak_memory_bytes": peak_memory()}
+        return {"seconds": seconds, "peak_memory_bytes": peak_memory()}
 
 
 def _said(record: BlockRecord) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import click
 
 from secateur.cli import demo, eval, inspect, methods, plan, prune
-from secateur.cli.options import debug_option
+from secateur.cli.options import debug_option, first_process
 from secateur.errors import SecateurError
 
 INTERRUPTED, TERMINATED = 130, 143
@@ -99,5 +99,9 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 
 def _fail(message: str, code: int) -> int:
+    if not first_process():
+        if code == TERMINATED:  # because another one failed, which says so itself
+            return code
+        message = f"process {os.environ['RANK']}: {message}"
     click.echo(f"secateur: {' '.join(message.split())}", err=True)
     return code

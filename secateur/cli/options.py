@@ -28,8 +28,15 @@ PIPE_WIDTH = 140
 """Columns of a table where stdout is no terminal."""
 
 
+def first_process() -> bool:
+    """False in all processes of torchrun but the first, which speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def emit(as_json: bool, data: Any, *parts: RenderableType) -> None:
     """The result on stdout: JSON, or tables and lines, top to bottom. A line is never folded: it may be a command."""
+    if not first_process():
+        return
     if as_json:
         click.echo(dumps(data))
         return

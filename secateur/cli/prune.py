@@ -1,11 +1,12 @@
 """``secateur prune``: flags and a recipe file become one PruneConfig; the work is ``secateur.api.prune``."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
 
-from secateur.cli.options import debug_option, emit, json_option
+from secateur.cli.options import debug_option, emit, first_process, json_option
 from secateur.cli.recipe_options import recipe_options
 from secateur.errors import UsageError
 
@@ -32,8 +33,9 @@ def command(
     values = merged(model, recipe, flags, sets)
     source = str(values.pop("model"))
     config = config_from_dict(values)
-    click.echo(f"{config.pattern}: {config.target.words()}", err=True)
-    with on_stderr() as progress:
+    if first_process():
+        click.echo(f"{config.pattern}: {config.target.words()}", err=True)
+    with on_stderr() if first_process() else nullcontext() as progress:
         result = prune(source, config, out=out, resume=resume, progress=progress)
     emit(as_json, result.report, *prune_summary(result.report))
 

@@ -11,6 +11,7 @@ at C = 11,008). Time: 2 T C² floating-point operations.
 T = tokens, C = in_features, K = width of a second variable.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +89,27 @@ class CrossMoments:
 
     def mean(self) -> Float[Tensor, "K C"]:
         return self.sum / max(self.tokens, 1)
+
+
+@dataclass
+class Totals:
+    """Sums of plain numbers over tokens, in float64."""
+
+    sum: Float[Tensor, " n"]
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, n: int, device: torch.device | None = None) -> "Totals":
+        return cls(torch.zeros(n, device=device, dtype=torch.float64))
+
+
+Moments = Gram | ColumnNorms | CrossMoments | Totals
+Combine = Callable[[Moments], None]
+"""Adds to moments, in place, what other processes hold of the same: each of them sees a part of the tokens."""
+
+
+def alone(moments: Moments) -> None:
+    """All tokens are in this process."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from secateur.core.feedforward import (
     update_auxiliary,
 )
 from secateur.core.linalg import channel_norms, fit
-from secateur.core.moments import CrossMoments, Gram
+from secateur.core.moments import Combine, CrossMoments, Gram, Totals, alone
 from secateur.core.pattern import Pattern, Stacked, keep_mask
 from secateur.core.refit import masked_fit
 from secateur.core.solver import LayerSolver, Needs
@@ -134,19 +134,22 @@ def with_down(ffn: FeedForward, W: Float[Tensor, "D K"]) -> FeedForward:
     return ffn._replace(down=Affine(W, ffn.down.b))
 
 
-def output_error(ffn: FeedForward, tokens: Iterable[tuple[Tensor, Tensor]]) -> float:
+def output_error(ffn: FeedForward, tokens: Iterable[tuple[Tensor, Tensor]], combine: Combine = alone) -> float:
     """|Y - ffn(X)|² / |Y|² over all chunks."""
-    lost = total = 0.0
+    energies = Totals.zeros(2, ffn.down.W.device)
     for X, Y in tokens:
-        lost += float((ffn(X) - Y).square().sum())
-        total += float(Y.square().sum())
+        energies.sum += torch.stack([(ffn(X) - Y).square().sum(), Y.square().sum()])
+    combine(energies)
+    lost, total = energies.sum.tolist()
     return lost / total if total > 0 else 0.0
 
 
-def input_gram(tokens: Tokens) -> Gram:
-    gram = Gram.zeros(tokens[0][0].shape[1], tokens[0][0].device, tokens[0][0].dtype)
+def input_gram(ffn: FeedForward, tokens: Tokens, combine: Combine = alone) -> Gram:
+    W = ffn.up.W
+    gram = Gram.zeros(W.shape[1], W.device, W.dtype)
     for X, _ in tokens:
         gram.update(X)
+    combine(gram)
     return gram
 
 
@@ -174,24 +177,31 @@ class Iterate(NamedTuple):
 
 
 def closed_feedforward(
-    dense: FeedForward, train: Tokens, held: Tokens, patterns: Patterns, options: SparseLLM, solver: LayerSolver
+    dense: FeedForward,
+    train: Tokens,
+    held: Tokens,
+    patterns: Patterns,
+    options: SparseLLM,
+    solver: LayerSolver,
+    combine: Combine = alone,
 ) -> Refined:
     """Prune an FFN against targets Y: first matrices, then down on realised activations, then alternating rounds.
 
-    Stops when a round does not lower the error on the held-out tokens; the best iterate is returned.
+    Stops when a round does not lower the error on the held-out tokens; the best iterate is returned. ``combine`` makes
+    every sum over tokens that of all processes, where each holds a part of them.
     """
 
     def closed(ffn: FeedForward, note: str) -> Iterate:
-        ffn, down_gram, down_note = solve_down(ffn, dense.down.W, train, patterns, options, solver)
-        return Iterate(ffn, down_gram, output_error(ffn, held), note or down_note)
+        ffn, down_gram, down_note = solve_down(ffn, dense.down.W, train, patterns, options, solver, combine)
+        return Iterate(ffn, down_gram, output_error(ffn, held, combine), note or down_note)
 
-    inputs = input_gram(train)
+    inputs = input_gram(dense, train, combine)
     H = inputs.mean()
     first = solver.solve(first_weights(dense), H, patterns.first)
     best = closed(with_first(dense, first.W), first.note)
     rounds = [Round(0, None, best.error, True)]
     for t in range(1, options.iterations):
-        direction, objective = pull(best.ffn, H, train, options)
+        direction, objective = pull(best.ffn, H, train, options, combine)
         trials = [closed(moved(best.ffn, STEPS[0] * direction, H, patterns, options), best.note)]
         step = STEPS[1] if trials[0].error < best.error else STEPS[2]
         trials.append(closed(moved(best.ffn, step * direction, H, patterns, options), best.note))
@@ -218,7 +228,7 @@ def moved(
 
 
 def pull(
-    ffn: FeedForward, H: Float[Tensor, "D D"], tokens: Tokens, options: SparseLLM
+    ffn: FeedForward, H: Float[Tensor, "D D"], tokens: Tokens, options: SparseLLM, combine: Combine = alone
 ) -> tuple[Float[Tensor, "R D"], float]:
     """Where the targets pull the first matrices: the least-squares change that follows z and s one step from realised.
 
@@ -230,14 +240,16 @@ def pull(
     penalties = Penalties(options.alpha * unit, options.beta, options.gamma * unit)
     step = ActivationStep(ffn.down.W, penalties)
     change = CrossMoments.zeros(W.shape[0], W.shape[1], W.device, W.dtype)
-    objective = 0.0
+    objective = Totals.zeros(1, W.device)
     for X, Y in tokens:
         realised = pre_activations(ffn, X)
         wanted = step.change(activated(ffn, realised), ffn.down.without_bias(Y))
         moves, cost = anchored_step(ffn, realised, wanted.activation, penalties, SLICE)
         change.update(moves, X)
-        objective += cost + penalties.beta * float(wanted.left.square().sum())
-    return fit(torch.zeros_like(W), H, change.mean(), options.fit_damp), objective / change.tokens
+        objective.sum += cost + penalties.beta * float(wanted.left.square().sum())
+    combine(change)
+    combine(objective)
+    return fit(torch.zeros_like(W), H, change.mean(), options.fit_damp), float(objective.sum) / change.tokens
 
 
 def solve_down(
@@ -247,6 +259,7 @@ def solve_down(
     patterns: Patterns,
     options: SparseLLM,
     solver: LayerSolver,
+    combine: Combine = alone,
 ) -> tuple[FeedForward, Gram, str]:
     """The down projection fitted to the targets on the activations that ``ffn`` really produces, then pruned."""
     D, K = W0.shape
@@ -256,6 +269,8 @@ def solve_down(
         a = ffn.hidden(X)
         gram.update(a)
         residual.update(Y - reference(a), a)
+    combine(gram)
+    combine(residual)
     H = gram.mean()
     pruned = solver.solve(fit(W0, H, residual.mean(), options.fit_damp), H, patterns.down)
     return with_down(ffn, pruned.W), gram, pruned.note
@@ -281,31 +296,43 @@ class FitSums(NamedTuple):
 
 
 def paper_feedforward(
-    dense: FeedForward, pruned: FeedForward, tokens: Tokens, patterns: Patterns, options: SparseLLM, solver: LayerSolver
+    dense: FeedForward,
+    pruned: FeedForward,
+    tokens: Tokens,
+    patterns: Patterns,
+    options: SparseLLM,
+    solver: LayerSolver,
+    combine: Combine = alone,
 ) -> Refined:
     """The published rounds, from iteration 0's ``pruned`` FFN (the solver on every matrix alone) to the last iterate.
 
     z and s start from the dense network and are carried from round to round, as is H of the first matrices.
+    ``combine`` as in closed mode.
     """
-    inputs = input_gram(tokens)
+    inputs = input_gram(dense, tokens, combine)
     H = inputs.mean()
     carried = [pre_activations(dense, X) for X, _ in tokens]
     ffn, note, down_gram = pruned, "", Gram.zeros(dense.down.W.shape[1])
-    rounds = [Round(0, None, output_error(pruned, tokens), options.iterations == 1)]
+    rounds = [Round(0, None, output_error(pruned, tokens, combine), options.iterations == 1)]
     for t in range(1, options.iterations):
-        carried, sums = update_tokens(dense, ffn, tokens, carried, options)
+        carried, sums = update_tokens(dense, ffn, tokens, carried, options, combine)
         down_gram = sums.down_gram
         G = down_gram.mean()
         first = solver.solve(fit(first_weights(dense), H, sums.first, PAPER_DAMP), H, patterns.first)
         down = solver.solve(fit(dense.down.W, G, sums.down, PAPER_DAMP), G, patterns.down)
         ffn, note = with_down(with_first(ffn, first.W), down.W), first.note or down.note
         last = t == options.iterations - 1
-        rounds.append(Round(t, sums.objective, output_error(ffn, tokens), last))
+        rounds.append(Round(t, sums.objective, output_error(ffn, tokens, combine), last))
     return Refined(ffn, tuple(rounds), inputs, down_gram, note)
 
 
 def update_tokens(
-    dense: FeedForward, ffn: FeedForward, tokens: Tokens, carried: list[Auxiliary], options: SparseLLM
+    dense: FeedForward,
+    ffn: FeedForward,
+    tokens: Tokens,
+    carried: list[Auxiliary],
+    options: SparseLLM,
+    combine: Combine = alone,
 ) -> tuple[list[Auxiliary], FitSums]:
     """One pass over the tokens: p, then z, then s of every chunk, and the moments of the fits that follow."""
     D, K = dense.down.W.shape
@@ -315,7 +342,7 @@ def update_tokens(
     gram, down = Gram.zeros(K, device, dtype), CrossMoments.zeros(D, K, device, dtype)
     first = CrossMoments.zeros(W0.shape[0], W0.shape[1], device, dtype)
     updated: list[Auxiliary] = []
-    objective = 0.0
+    objective = Totals.zeros(1, device)
     for (X, Y), old in zip(tokens, carried, strict=True):
         realised, Y = pre_activations(ffn, X), ffn.down.without_bias(Y)
         p = step(activated(ffn, old), Y)
@@ -324,5 +351,7 @@ def update_tokens(
         gram.update(p)
         down.update(Y - p @ dense.down.W.T, p)
         first.update(stacked(new) - stacked(pre_activations(dense, X)), X)
-        objective += chunk_objective(ffn, realised, Y, p, new, options.penalties)
-    return updated, FitSums(first.mean(), down.mean(), gram, objective / gram.tokens)
+        objective.sum += chunk_objective(ffn, realised, Y, p, new, options.penalties)
+    for moments in (gram, down, first, objective):
+        combine(moments)
+    return updated, FitSums(first.mean(), down.mean(), gram, float(objective.sum) / gram.tokens)

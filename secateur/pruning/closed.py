@@ -55,6 +55,8 @@ def attention_inputs(work: Work, options: SparseLLM) -> tuple[Hidden, Hidden]:
         watchers[work.linear(out)] = lambda a: attended.append(a.cpu())
     with work.forwards("dense forward"):
         outputs = work.watched_pass(watchers)
+        for gram in grams.values():
+            work.combine(gram)
     solver = Precise(options.inner, work)
     for g, gram in grams.items():
         W, pattern = work.stacked(g)
@@ -92,6 +94,8 @@ def attention_output(work: Work, attended: Hidden, options: SparseLLM) -> None:
         for rows in work.hidden:
             with suppress(_ReachedError):
                 work.run(rows)
+        work.combine(gram)
+        work.combine(residual)
     H = gram.mean()
     pruned = Precise(options.inner, work).solve(fit(W0, H, residual.mean(), options.fit_damp), H, pattern)
     work.solved((out,), W0, pruned, gram)

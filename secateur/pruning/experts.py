@@ -47,7 +47,7 @@ def linears_of(form: FeedForwardForm) -> tuple[str, ...]:
 
 def too_few(work: Work, form: FeedForwardForm, chunks: Hidden) -> str:
     """The note on an expert whose tokens are too few to fit it; empty where they are enough."""
-    tokens = chunks.rows
+    tokens = work.options.ranks.total(chunks.rows)
     wanted = FIT_TOKENS_PER_INPUT * max(work.targets[name].shape[1] for name in linears_of(form))
     return f"{tokens} of {wanted} tokens that SparseLLM's fits want, so they were left out" if tokens < wanted else ""
 
@@ -114,5 +114,7 @@ def first_iteration(work: Work, pool: Pool, expert: int, chunks: Hidden, options
         with watching({work.linear(linears[0]): total.update for linears, total in sums.items()}):
             for X in chunks:
                 pool.layout.run(expert, X.to(work.options.device))
+        for total in sums.values():
+            work.combine(total)
         sums, notes = top_up(work, sums, [pool])
         solve_groups(work, groups, sums, notes, options.inner)

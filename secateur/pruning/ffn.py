@@ -68,13 +68,15 @@ def dense_targets(work: Work, dense: FeedForward, inputs: Hidden) -> Hidden:
 def prune_ffn(work: Work, form: FeedForwardForm, X: Hidden, Y: Hidden, options: SparseLLM) -> Refined:
     """Closed mode on one FFN: hand it and its tokens to the block solver and write what comes back."""
     dense = ffn_view(work, form)
-    held = X.rows // HELD_OUT
-    (X_held, X), (Y_held, Y) = X.parted(held), Y.parted(held)
+    rows, rank = work.options.ranks.each(X.rows), work.options.ranks.rank
+    held = sum(rows) // HELD_OUT
+    own = max(0, held - sum(rows[:rank]))
+    (X_held, X), (Y_held, Y) = X.parted(own), Y.parted(own)
     train = HostTokens(X, Y, work.options.device)
     test = HostTokens(X_held, Y_held, work.options.device) if held else train
     solver = Precise(options.inner, work)
     with work.forwards("ffn"):
-        refined = closed_feedforward(dense, train, test, ffn_patterns(work, form), options, solver)
+        refined = closed_feedforward(dense, train, test, ffn_patterns(work, form), options, solver, work.combine)
     write_ffn(work, form, dense, refined)
     return refined
 

@@ -66,6 +66,8 @@ def observe(
     with work.forwards("observe"):
         for _ in work.outputs(watchers):
             pass
+        for total in sums.values():
+            work.combine(total)
         return top_up(work, sums, pools)
 
 

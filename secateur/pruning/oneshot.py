@@ -23,6 +23,7 @@ from secateur.pruning.closed import closed
 from secateur.pruning.hidden import Hidden
 from secateur.pruning.layerwise import layerwise
 from secateur.pruning.paper import paper
+from secateur.pruning.ranks import Ranks
 from secateur.pruning.records import BlockRecord, RoundRecord
 from secateur.pruning.work import PROBE_TOKENS, RunOptions, Work
 
@@ -62,9 +63,10 @@ def prune_blocks(
 ) -> Iterator[Finished]:
     """Prune the planned linears of ``adapter.model`` in place, block by block, in order.
 
-    ``windows`` are calibration rows of token ids. ``state`` goes on with a run whose first blocks are already pruned in
-    the model. A block whose weights lie on disk is in memory until the next one is asked for. Raises NumericalError
-    where more than a tenth of the rows turn non-finite, ModelError where a block's structure is refused.
+    ``windows`` are calibration rows of token ids, this process's share of them where several prune together. ``state``
+    goes on with a run whose first blocks are already pruned in the model. A block whose weights lie on disk is in
+    memory until the next one is asked for. Raises NumericalError where more than a tenth of the rows turn non-finite,
+    ModelError where a block's structure is refused.
     """
     if method.needs == "nothing":  # structure is observed all the same, on a few tokens
         windows = windows[:1, :PROBE_TOKENS]
@@ -78,10 +80,10 @@ def prune_blocks(
             error, refined = (None, None) if not work.targets else prune_and_measure(work, method)
             hidden = propagate(work) if not work.targets and index < last else work.hidden
             work.block.to("cpu")
-            check_rows(name, len(windows), hidden)
-            seconds = time.perf_counter() - start
+            check_rows(name, len(windows), hidden, options.ranks)
+            dropped, seconds = options.ranks.total(work.dropped), time.perf_counter() - start
             linears, rounds = tuple(work.records.values()), (*work.expert_rounds, *rounds_of(refined))
-            record = BlockRecord(index, name, seconds, error, work.dropped, linears, rounds, work.seconds)
+            record = BlockRecord(index, name, seconds, error, dropped, linears, rounds, work.seconds)
             yield Finished(record, hidden)
 
 
@@ -120,10 +122,11 @@ def propagate(work: Work) -> Hidden:
         return work.watched_pass({})
 
 
-def check_rows(name: str, started: int, hidden: Hidden) -> None:
-    if hidden.rows < (1 - MAX_DROPPED) * started:
+def check_rows(name: str, own: int, hidden: Hidden, ranks: Ranks) -> None:
+    started, left = ranks.total(own), ranks.total(hidden.rows)
+    if left < (1 - MAX_DROPPED) * started:
         raise NumericalError(
-            f"{started - hidden.rows} of {started} calibration rows are not finite after {name} (a tenth may be); "
+            f"{started - left} of {started} calibration rows are not finite after {name} (a tenth may be); "
             "load the model in a wider dtype (--dtype float32), or use a lower sparsity or another method"
         )
 

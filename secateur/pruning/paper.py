@@ -47,6 +47,6 @@ def rounds(work: Work, form: FeedForwardForm, dense: FeedForward, inputs: Hidden
         tokens = HostTokens(inputs, dense_targets(work, dense, inputs), work.options.device)
         solver = Precise(options.inner, work)
         pruned = ffn_view(work, form)
-        refined = paper_feedforward(dense, pruned, tokens, ffn_patterns(work, form), options, solver)
+        refined = paper_feedforward(dense, pruned, tokens, ffn_patterns(work, form), options, solver, work.combine)
     write_ffn(work, form, dense, refined)
     return refined

@@ -100,6 +100,8 @@ def _on_pool(work: Work, pool: Pool, expert: int, short: Sums) -> Sums:
     with watching({work.linear(linears[0]): total.update for linears, total in pooled.items()}):
         for X in pool.chunks if pooled else ():
             pool.layout.run(expert, X.to(work.options.device))
+    for total in pooled.values():
+        work.combine(total)
     return pooled
 
 

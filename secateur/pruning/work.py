@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.core.moments import ColumnNorms, Gram, inputs_of
+from secateur.core.moments import ColumnNorms, Gram, Moments, inputs_of
 from secateur.core.pattern import Pattern, Stacked
 from secateur.core.plan import Target
 from secateur.core.solver import LayerSolver, Needs, Pruned, relative_error
@@ -25,6 +25,7 @@ from secateur.models.expert_layout import ExpertLayout, observe_experts, watchab
 from secateur.models.experts import ExpertLinear
 from secateur.models.layout import FeedForwardForm, Layout, observe
 from secateur.pruning.hidden import Budget, Hidden
+from secateur.pruning.ranks import ALONE, Ranks, by_rows, pattern_of_rows
 from secateur.pruning.records import LinearRecord, RoundRecord
 
 PROBE_TOKENS = 64
@@ -45,6 +46,8 @@ class RunOptions:
     to 16 bit, adding up in float32: 2 to 4 times faster on processors with AMX or AVX512-BF16. Solves stay float32."""
     budget: Budget = field(default_factory=Budget)
     """Host memory of waiting hidden states."""
+    ranks: Ranks = ALONE
+    """The processes that share the run."""
 
 
 @dataclass
@@ -121,6 +124,10 @@ class Work:
         with torch.autocast(rows.device.type, torch.bfloat16, enabled=rounded):
             return self.adapter.replay(self.block, rows, self.call(rows)).to("cpu", rows.dtype)
 
+    def combine(self, moments: Moments) -> None:
+        """Sums over tokens become those of all processes."""
+        self.options.ranks.combine(moments)
+
     def waiting(self, rows: Iterable[Tensor] = ()) -> Hidden:
         """A place for hidden states."""
         return Hidden(self.options.budget, rows)
@@ -184,18 +191,19 @@ class Work:
         """Write stacked solved weights back into their linears and keep a record of each."""
         H, inputs = (moments.mean(), inputs_of(moments)) if moments else (None, None)
         sizes = [self.targets[name].shape[0] for name in linears]
-        for name, W0, W in zip(linears, before.split(sizes), after.W.split(sizes), strict=True):
+        written = self.options.ranks.same(after.W)
+        for name, W0, W in zip(linears, before.split(sizes), written.split(sizes), strict=True):
             linear = self.linear(name)
             self.adapter.write(linear, W)
-            written = self.adapter.read(linear)
+            stored = self.adapter.read(linear)
             target = self.targets[name]
             full_name = f"{self.adapter.block_names[self.index]}.{name}"
             self.records[full_name] = LinearRecord(
                 name=full_name,
                 shape=target.shape,
                 pattern=str(target.pattern),
-                sparsity=float((written == 0).double().mean()),
-                relative_error=None if H is None else relative_error(W0, written, H),
+                sparsity=float((stored == 0).double().mean()),
+                relative_error=None if H is None else relative_error(W0, stored, H),
                 note=after.note,
                 inputs=inputs,
             )
@@ -243,7 +251,23 @@ class Precise:
 
     def solve(self, W: Float[Tensor, "R C"], H: Float[Tensor, "..."], pattern: Pattern | Stacked) -> Pruned:
         with products("float32"), self._work.stage("solve"):
-            return self._solver.solve(W, H, pattern)
+            return solve_together(self._solver, W, H, pattern, self._work.options.ranks)
+
+
+def solve_together(
+    solver: LayerSolver, W: Float[Tensor, "R C"], H: Float[Tensor, "..."], pattern: Pattern | Stacked, ranks: Ranks
+) -> Pruned:
+    """The same solve in every process: by rows where these are independent of each other, else by the first alone."""
+    if ranks.size == 1:
+        return solver.solve(W, H, pattern)
+    own = ranks.share(len(W)) if by_rows(pattern) else range(len(W) if ranks.first else 0)
+    part = pattern_of_rows(pattern, own) if own else None
+    solved = solver.solve(W[own.start : own.stop], H, part) if part else Pruned(W[:0], W[:0] != 0, "")
+    if by_rows(pattern):
+        new = ranks.together(solved.W, len(W))
+    else:
+        new = ranks.same(solved.W if ranks.first else torch.empty_like(W))
+    return Pruned(new, new != 0, solved.note)
 
 
 @contextmanager

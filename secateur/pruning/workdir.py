@@ -3,8 +3,8 @@
     OUT.unfinished/
       run.json                     what is being done: recipe, fingerprints of model and tokens, versions
       blocks/00007.safetensors     the block's parameters that hold planned linears; its record in the header
-      hidden/00008-00000.safetensors ...    hidden states before the next block, in parts
-      state.json                   the next block, and how many parts its hidden states have
+      hidden/00008-000-00000.safetensors ...    hidden states before the next block, by process and in parts
+      state.json                   the next block, and how many parts of each process its hidden states have
       spill/                       hidden states that wait and find no room in memory
       lock                         held by the process at work
 
@@ -33,6 +33,7 @@ from secateur.models.offload import is_offloaded, relocate
 from secateur.models.save import flush
 from secateur.pruning.hidden import Budget, Hidden
 from secateur.pruning.oneshot import Finished, State, block_targets
+from secateur.pruning.ranks import ALONE, Ranks
 from secateur.pruning.records import BlockRecord, block_record
 
 SUFFIX = ".unfinished"
@@ -42,10 +43,13 @@ PART = 256 * 2**20
 
 
 class Workdir:
-    """The directory of one run. Make it with ``opened``, which holds its lock."""
+    """The directory of one run. Make it with ``opened``, which holds its lock.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Of several processes the first writes the blocks and the state, and each its own hidden states.
+    """
+
+    def __init__(self, path: Path, ranks: Ranks = ALONE) -> None:
+        self.path, self.ranks = path, ranks
 
     @property
     def kept(self) -> int:
@@ -57,15 +61,18 @@ class Workdir:
         record = finished.record
         holders = adapter.holders(adapter.blocks[record.index], block_targets(plan, record.name))
         weights = {name: parameter.detach().contiguous() for name, parameter in holders.items()}
-        self._write(_block_file(record.index), weights, {"record": json.dumps(record.to_dict())})
-        self._relocate(adapter, record.index, weights)
+        if self.ranks.first:
+            self._write(_block_file(record.index), weights, {"record": json.dumps(record.to_dict())})
         number = record.index + 1
         parts = 0
         for parts, rows in enumerate(_parts(finished.hidden), 1):
-            self._write(_hidden_file(number, parts - 1), rows, {})
-        state = json.dumps({"next": number, "parts": parts})
-        durable(self.path / STATE, lambda path: path.write_text(state, encoding="utf-8"))
-        for old in (self.path / "hidden").glob("*"):
+            self._write(_hidden_file(number, self.ranks.rank, parts - 1), rows, {})
+        state = json.dumps({"next": number, "parts": self.ranks.each(parts)})  # all have written
+        if self.ranks.first:
+            durable(self.path / STATE, lambda path: path.write_text(state, encoding="utf-8"))
+        self.ranks.each(number)  # the state is there
+        self._relocate(adapter, record.index, weights)
+        for old in (self.path / "hidden").glob(f"?????-{self.ranks.rank:03d}-*"):
             if not old.name.startswith(f"{number:05d}-"):
                 old.unlink()
 
@@ -81,23 +88,23 @@ class Workdir:
         if not records:
             return [], None
         hidden = Hidden(budget)
-        for part in range(state["parts"]):
-            rows, _ = self._read(_hidden_file(state["next"], part))
+        for part in range(state["parts"][self.ranks.rank]):
+            rows, _ = self._read(_hidden_file(state["next"], self.ranks.rank, part))
             for name in sorted(rows):
                 hidden.append(rows[name])
         return records, State(len(records), hidden)
 
     def budget(self, limit: int) -> Budget:
         """Host memory for waiting hidden states, with an empty folder for what does not fit."""
-        folder = self.path / "spill"
+        folder = self.path / "spill" / f"{self.ranks.rank:03d}"
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        folder.mkdir(parents=True)
         return Budget(limit, folder)
 
-    def _state(self) -> dict[str, int]:
+    def _state(self) -> dict[str, Any]:
         path = self.path / STATE
         try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"next": 0, "parts": 0}
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"next": 0, "parts": []}
         except ValueError as error:
             raise _unreadable(path, error) from error
 
@@ -126,19 +133,27 @@ class Workdir:
 
 
 @contextmanager
-def opened(out: Path, run: Mapping[str, Any], *, resume: bool) -> Iterator[Workdir]:
+def opened(out: Path, run: Mapping[str, Any], *, resume: bool, ranks: Ranks = ALONE) -> Iterator[Workdir]:
     """The run's directory beside `out`, locked. A failure inside leaves it, unless no block was finished.
+
+    Of several processes the first locks and removes it, the others wait until it is admitted and until it is done.
 
     `run` is what decides the bytes. UsageError where an unfinished run is there and `resume` was not asked for, where
     it is a run of something else (the keys that differ are named), or where another process is at work on it.
     """
-    run = json.loads(json.dumps(run))  # as it will be read back: tuples become lists
-    work = Workdir(out.with_name(out.name + SUFFIX))
+    work = Workdir(out.with_name(out.name + SUFFIX), ranks)
+    if not ranks.first:
+        ranks.each(0)
+        yield work
+        ranks.each(0)
+        return
     work.path.mkdir(parents=True, exist_ok=True)
     with _locked(work.path):
-        _admit(work, run, resume)
+        _admit(work, json.loads(json.dumps(run)), resume)  # as it will be read back: tuples become lists
+        ranks.each(0)
         try:
             yield work
+            ranks.each(0)
         except BaseException as error:
             if work.kept:
                 error.add_note(f"{work.path} keeps {work.kept} finished blocks: go on with --resume, or delete it")
@@ -202,8 +217,8 @@ def _block_file(index: int) -> str:
     return f"blocks/{index:05d}.safetensors"
 
 
-def _hidden_file(number: int, part: int) -> str:
-    return f"hidden/{number:05d}-{part:05d}.safetensors"
+def _hidden_file(number: int, rank: int, part: int) -> str:
+    return f"hidden/{number:05d}-{rank:03d}-{part:05d}.safetensors"
 
 
 def _parts(hidden: Hidden) -> Iterator[dict[str, Tensor]]:

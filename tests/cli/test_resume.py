@@ -97,7 +97,7 @@ def test_two_runs_never_work_in_one_directory(unfinished, run, model_dir):
 
 def test_a_damaged_state_is_one_line(unfinished, run, model_dir):
     out, flags, kept = unfinished
-    for name in ("hidden/00001-00000.safetensors", "blocks/00000.safetensors", "state.json"):
+    for name in ("hidden/00001-000-00000.safetensors", "blocks/00000.safetensors", "state.json"):
         (kept / name).write_bytes(b"\0" * 40)
         ran = run("prune", model_dir, *flags, "--out", out, "--resume")
         assert ran.code == 1

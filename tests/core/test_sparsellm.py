@@ -51,7 +51,7 @@ def start(dense, chunks, solver, sparsity=0.6):
     """Iteration 0 of the paper: the solver on every matrix, on the dense network's inputs."""
     p = patterns(sparsity, dense.gate is not None)
     hidden = torch.cat([dense.hidden(x) for x, _ in chunks])
-    first = solver.solve(first_weights(dense), input_gram(chunks).mean(), p.first)
+    first = solver.solve(first_weights(dense), input_gram(dense, chunks).mean(), p.first)
     down = solver.solve(dense.down.W, hidden.T @ hidden / len(hidden), p.down)
     return with_down(with_first(dense, first.W), down.W)
 
