@@ -36,7 +36,7 @@ def often_enough(case):
     return case if case in ("sparsegpt, rows shared", "closed, four") else pytest.param(case, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("case", map(often_enough, CASES))
+@pytest.mark.parametrize("case", list(map(often_enough, CASES)))
 def test_as_one_process_within_rounding(case, run, model_dir, text_file, tmp_path):
     processes, method = CASES[case]
     flags = ["prune", model_dir, *method, "--data", text_file, *FLAGS, "--json"]
