@@ -75,7 +75,7 @@ def test_the_closed_loop_is_the_best_of_them_on_a_trained_model(stories):
 
 def test_smollm2_end_to_end(tmp_path):
     config = PruneConfig(
-        method=method_from_dict({"name": "sparsellm", "inner": "sparsegpt"}),
+        method=method_from_dict({"name": "sparsellm", "inner": "sparsegpt", "iterations": 1}),  # rounds: above
         sparsity=0.5,
         data="embedded",
         samples=4,

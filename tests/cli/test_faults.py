@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import OutOfMemoryError
+
+from secateur.errors import ModelError
 
 DRIVER = Path(__file__).parent / "limited.py"
 TINY = ["--sparsity", "0.6", "--samples", "4", "--seq-len", "64"]
@@ -90,16 +93,38 @@ def test_the_disk_is_full(run, model_dir, text_file, files, whole, disk):
 
 
 def test_memory_runs_out(model_dir, text_file, files, whole, tmp_path):
-    """Address space above what the libraries have mapped. Where too little is left a library may crash by itself, as
-    oneDNN does (SIGSEGV); even then nothing half done is taken for a result."""
+    """Address space above what the libraries have mapped. Where too little is left the interpreter may say anything, or a
+    library crash by itself, as oneDNN does (SIGSEGV); even then nothing half done is taken for a result."""
     out = tmp_path / "out"
-    limits = [0, 10**6, 3 * 10**7, 5 * 10**7, 1 << 34]
+    limits = [0, 3 * 10**7, 5 * 10**7, 1 << 34]
     ended = limited("AS", limits, "prune", model_dir, *TINY, "--data", text_file, "--out", out, "--resume")
-    for ran in ended[:2]:
-        check_line(ran, "memory ran out", "secateur plan")
+    assert ended[0]["code"] != 0
     assert all("Traceback" not in ran["err"] for ran in ended)
     assert ended[-1]["code"] == 0, ended[-1]
     assert files(out) == whole
+
+
+FAILED_ALLOCATIONS = [
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
+    RuntimeError("could not create a primitive"),
+    OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+]
+
+
+@pytest.mark.parametrize("error", FAILED_ALLOCATIONS, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_allocation_that_fails_is_told_as_such(error, wrapped, run, monkeypatch):
+    def fail(*_: object) -> None:
+        if not wrapped:
+            raise error
+        try:
+            raise error
+        except Exception as cause:
+            raise ModelError("cannot load it") from cause
+
+    monkeypatch.setattr("secateur.cli.prune.merged", fail)
+    check_line(vars(run("prune", "MODEL", "--out", "nowhere")), "memory ran out", "secateur plan", "--offload on")
 
 
 def test_a_place_that_cannot_be_written(run, model_dir, text_file):

@@ -32,8 +32,8 @@ CASES = {
 
 
 def often_enough(case):
-    """Two cases in every run of the tests, the others among the slow ones."""
-    return case if case in ("sparsegpt, rows shared", "closed, four") else pytest.param(case, marks=pytest.mark.slow)
+    """One case in every run of the tests, the others among the slow ones."""
+    return case if case == "closed, four" else pytest.param(case, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("case", list(map(often_enough, CASES)))
@@ -86,6 +86,7 @@ def test_a_process_that_dies_ends_the_run_and_all_go_on(run, model_dir, text_fil
     assert not (tmp_path / "out.unfinished").exists()
 
 
+@pytest.mark.slow
 def test_torchrun_itself(model_dir, text_file, tmp_path):
     flags = ["prune", model_dir, "--sparsity", "0.6", "--data", text_file, "--samples", "1", "--seq-len", "64"]
     ran = python(*TORCHRUN, *flags, "--out", tmp_path / "out")
