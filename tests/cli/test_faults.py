@@ -93,8 +93,8 @@ def test_the_disk_is_full(run, model_dir, text_file, files, whole, disk):
 
 
 def test_memory_runs_out(model_dir, text_file, files, whole, tmp_path):
-    """Address space above what the libraries have mapped. Where too little is left the interpreter may say anything, or a
-    library crash by itself, as oneDNN does (SIGSEGV); even then nothing half done is taken for a result."""
+    """Address space above what the libraries have mapped. Where too little is left the interpreter may say anything, or
+    a library crash by itself, as oneDNN does (SIGSEGV); even then nothing half done is taken for a result."""
     out = tmp_path / "out"
     limits = [0, 3 * 10**7, 5 * 10**7, 1 << 34]
     ended = limited("AS", limits, "prune", model_dir, *TINY, "--data", text_file, "--out", out, "--resume")
