@@ -28,7 +28,7 @@ from secateur.pruning.oneshot import BlockRecord, RunOptions, prune_blocks
 from secateur.pruning.ranks import ALONE, Ranks
 from secateur.pruning.records import LinearRecord
 from secateur.pruning.selection import Selection, select
-from secateur.pruning.work import PROBE_TOKENS as STRUCTURE_TOKENS
+from secateur.pruning.work import PROBE_TOKENS
 from secateur.pruning.workdir import Workdir, opened
 from secateur.report.artefact import promises_of, write_artefact, write_report
 from secateur.report.facts import Stopwatch, peak_memory, versions
@@ -43,7 +43,7 @@ BUILT_IN = ("demo", "embedded")
 """Names that mean the same everywhere, whatever lies in the working directory."""
 MACHINE = ("offload", "hidden_memory")
 """Keys of a recipe that change how a machine is used and not one byte of the result."""
-PROBE_TOKENS = 16
+VERIFY_TOKENS = 16
 """Tokens on which a replay of all blocks is compared with the model's own forward."""
 
 
@@ -148,7 +148,7 @@ class Run:
 
     def verify(self) -> None:
         with self.watch.stage("verify", "compare a replay of the blocks with the model"):
-            self.adapter.verify(self.windows[:1, :PROBE_TOKENS])
+            self.adapter.verify(self.windows[:1, :VERIFY_TOKENS])
 
     def blocks(self, budget: Budget, work: Workdir | None = None) -> list[BlockRecord]:
         """Prune block by block, from where the run stands."""
@@ -228,7 +228,7 @@ def with_text_needed(config: PruneConfig) -> PruneConfig:
     """A method that looks at weights alone gets a few tokens of the embedded text, on which structure is observed."""
     if config.method.needs != "nothing":
         return config
-    return replace(config, data="embedded", samples=1, seq_len=min(config.seq_len, STRUCTURE_TOKENS))
+    return replace(config, data="embedded", samples=1, seq_len=min(config.seq_len, PROBE_TOKENS))
 
 
 def select_linears(adapter: DecoderAdapter, config: PruneConfig) -> Selection:

@@ -92,7 +92,8 @@ def _told(error: Exception) -> tuple[str, int]:
 def out_of_memory(error: BaseException | None) -> bool:
     """Whether this, or what it came from, is an allocation that failed."""
     while error is not None:
-        if isinstance(error, MemoryError) or any(words in str(error) for words in MEMORY_WORDS):
+        spoken = isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in MEMORY_WORDS)
+        if spoken or isinstance(error, MemoryError):
             return True
         error = error.__cause__
     return False

@@ -103,6 +103,8 @@ class Totals:
         return cls(torch.zeros(n, device=device, dtype=torch.float64))
 
 
+SLICE = 256
+"""Rows of a Gram matrix that are looked at in float64 at one time."""
 Moments = Gram | ColumnNorms | CrossMoments | Totals
 Combine = Callable[[Moments], None]
 """Adds to moments, in place, what other processes hold of the same: each of them sees a part of the tokens."""
@@ -129,10 +131,12 @@ class Inputs:
 
 
 def inputs_of(moments: Gram | ColumnNorms) -> Inputs:
-    """Costs a pass over the sums."""
-    sums = moments.sum.double()
-    norms = sums.diagonal() if sums.ndim == 2 else sums
+    """Costs a pass over the sums, a few rows at a time: in float64 all of a wide Gram matrix would be a gigabyte."""
+    sums = moments.sum
+    norms = (sums.diagonal() if sums.ndim == 2 else sums).double()
     energy, median = float(norms.sum()), float(norms.median())
-    dimension = energy**2 / float(sums.square().sum()) if sums.ndim == 2 and energy > 0 else None
+    dimension = None
+    if sums.ndim == 2 and energy > 0:
+        dimension = energy**2 / sum(float(rows.double().square().sum()) for rows in sums.split(SLICE))
     largest = float(norms.max()) / median if median > 0 else None
     return Inputs(moments.tokens, len(norms), int((norms == 0).sum()), dimension, largest)

@@ -125,6 +125,11 @@ _NM_TEXT = re.compile(r"(\d+):(\d+)")
 _BLOCK_TEXT = re.compile(r"block:(\d+)x(\d+)")
 
 
+def parts_of(pattern: Pattern | Stacked) -> list[Pattern]:
+    """The patterns of stacked matrices, or the one of a single matrix."""
+    return [part for _, part in pattern.parts] if isinstance(pattern, Stacked) else [pattern]
+
+
 def make_pattern(structure: str = "unstructured", sparsity: float | None = None) -> Pattern:
     """The pattern behind two words a user types: a structure and a share of zeros.
 

@@ -92,14 +92,17 @@ def ffn_patterns(work: Work, form: FeedForwardForm) -> Patterns:
 
 
 def write_ffn(work: Work, form: FeedForwardForm, dense: FeedForward, refined: Refined) -> None:
-    """The FFN's matrices back into their linears, halves of a fused one put together again; one record each."""
-    ffn = refined.ffn
+    """The FFN's matrices back into their linears, halves of a fused one put together again; one record each.
+
+    Several processes take those of the first: their own may differ in the last bit, since each made the refits itself.
+    """
+    ffn, same = refined.ffn, work.options.ranks.same
     halves = [(form.up, dense.up.W, ffn.up.W)]
     if form.gate and dense.gate and ffn.gate:
         halves.append((form.gate, dense.gate.W, ffn.gate.W))
     for name in first_linears(form):
         parts = sorted((row for row in halves if row[0].linear == name), key=lambda row: row[0].start)
-        before, after = torch.cat([W0 for _, W0, _ in parts]), torch.cat([W for _, _, W in parts])
+        before, after = torch.cat([W0 for _, W0, _ in parts]), same(torch.cat([W for _, _, W in parts]))
         work.solved((name,), before, Pruned(after, after != 0, refined.note), refined.first_gram)
-    down = Pruned(ffn.down.W, ffn.down.W != 0, refined.note)
-    work.solved((form.down,), dense.down.W, down, refined.down_gram)
+    after = same(ffn.down.W)
+    work.solved((form.down,), dense.down.W, Pruned(after, after != 0, refined.note), refined.down_gram)

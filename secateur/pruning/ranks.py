@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from secateur.core.moments import Moments
-from secateur.core.pattern import NM, Pattern, Stacked, Unstructured
+from secateur.core.pattern import NM, Pattern, Stacked, Unstructured, parts_of
 from secateur.errors import DeviceError, ProcessError
 
 PATIENCE = timedelta(hours=2)
@@ -111,8 +111,9 @@ def _heard() -> Iterator[None]:
 
 def by_rows(pattern: Pattern | Stacked) -> bool:
     """Whether every output row is pruned for itself."""
-    parts = [part for _, part in pattern.parts] if isinstance(pattern, Stacked) else [pattern]
-    return all(isinstance(part, NM) or (isinstance(part, Unstructured) and part.per == "row") for part in parts)
+    return all(
+        isinstance(part, NM) or (isinstance(part, Unstructured) and part.per == "row") for part in parts_of(pattern)
+    )
 
 
 def pattern_of_rows(pattern: Pattern | Stacked, rows: range) -> Pattern | Stacked:

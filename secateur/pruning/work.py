@@ -191,19 +191,18 @@ class Work:
         """Write stacked solved weights back into their linears and keep a record of each."""
         H, inputs = (moments.mean(), inputs_of(moments)) if moments else (None, None)
         sizes = [self.targets[name].shape[0] for name in linears]
-        written = self.options.ranks.same(after.W)
-        for name, W0, W in zip(linears, before.split(sizes), written.split(sizes), strict=True):
+        for name, W0, W in zip(linears, before.split(sizes), after.W.split(sizes), strict=True):
             linear = self.linear(name)
             self.adapter.write(linear, W)
-            stored = self.adapter.read(linear)
+            written = self.adapter.read(linear)
             target = self.targets[name]
             full_name = f"{self.adapter.block_names[self.index]}.{name}"
             self.records[full_name] = LinearRecord(
                 name=full_name,
                 shape=target.shape,
                 pattern=str(target.pattern),
-                sparsity=float((stored == 0).double().mean()),
-                relative_error=None if H is None else relative_error(W0, stored, H),
+                sparsity=float((written == 0).double().mean()),
+                relative_error=None if H is None else relative_error(W0, written, H),
                 note=after.note,
                 inputs=inputs,
             )
@@ -260,14 +259,13 @@ def solve_together(
     """The same solve in every process: by rows where these are independent of each other, else by the first alone."""
     if ranks.size == 1:
         return solver.solve(W, H, pattern)
-    own = ranks.share(len(W)) if by_rows(pattern) else range(len(W) if ranks.first else 0)
-    part = pattern_of_rows(pattern, own) if own else None
-    solved = solver.solve(W[own.start : own.stop], H, part) if part else Pruned(W[:0], W[:0] != 0, "")
-    if by_rows(pattern):
-        new = ranks.together(solved.W, len(W))
-    else:
-        new = ranks.same(solved.W if ranks.first else torch.empty_like(W))
-    return Pruned(new, new != 0, solved.note)
+    shared = by_rows(pattern)
+    own = ranks.share(len(W)) if shared else range(len(W) if ranks.first else 0)
+    new, note = W[:0], ""
+    if own:
+        new, _, note = solver.solve(W[own.start : own.stop], H, pattern_of_rows(pattern, own))
+    new = ranks.together(new, len(W)) if shared else ranks.same(new if ranks.first else torch.empty_like(W))
+    return Pruned(new, new != 0, note)
 
 
 @contextmanager

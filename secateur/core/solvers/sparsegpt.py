@@ -16,7 +16,7 @@ from torch import Tensor
 
 from secateur.core.linalg import inverse_cholesky
 from secateur.core.obs import obs_sweep
-from secateur.core.pattern import NM, Block, Pattern, Stacked, keep_mask
+from secateur.core.pattern import NM, Block, Pattern, Stacked, keep_mask, parts_of
 from secateur.core.solver import Needs, Pruned, apply_mask
 
 
@@ -47,15 +47,11 @@ class SparseGPT:
         return apply_mask(compensated, mask, note)
 
 
-def _parts(pattern: Pattern | Stacked) -> list[Pattern]:
-    return [part for _, part in pattern.parts] if isinstance(pattern, Stacked) else [pattern]
-
-
 def _is_nm(pattern: Pattern | Stacked) -> bool:
-    return all(isinstance(part, NM) for part in _parts(pattern))
+    return all(isinstance(part, NM) for part in parts_of(pattern))
 
 
 def column_unit(pattern: Pattern | Stacked) -> int:
     """Columns that a decision may not cut apart: M of N:M, the width of a tile, else 1."""
-    widths = [p.m if isinstance(p, NM) else p.cols if isinstance(p, Block) else 1 for p in _parts(pattern)]
+    widths = [p.m if isinstance(p, NM) else p.cols if isinstance(p, Block) else 1 for p in parts_of(pattern)]
     return math.lcm(*widths)
