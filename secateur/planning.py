@@ -9,6 +9,8 @@ seconds (``pruning/rates``). What only numbers can tell is left to the run and s
 """
 
 import os
+import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +28,7 @@ from secateur.models.load import Loaded
 from secateur.models.offload import stays_on_disk
 from secateur.models.outline import Outline, outline
 from secateur.models.skeleton import skeleton
-from secateur.pruning.cost import BlockShape, Cost, Run, Shared, forward
+from secateur.pruning.cost import BlockShape, Cost, Routed, Run, Shared, forward
 from secateur.pruning.cost_sparsellm import block_stages
 from secateur.pruning.footprint import footprint
 from secateur.pruning.rates import HEAD, Probe, Rates, measure
@@ -164,6 +166,8 @@ def block_shapes(adapter: DecoderAdapter, selection: Selection, config: PruneCon
         planned = {key for key in linears if f"{name}.{key}" in selection.plan}
         if isinstance(config.method, SparseLLM) and planned:
             check_whole(name, {*roles.first, roles.down} - {None}, planned)
+            for first, down in (member for mixture in roles.experts for member in mixture.members):
+                check_whole(name, {*first, down}, planned)
         shapes.append(block_shape(roles, linears, planned))
     return shapes
 
@@ -174,16 +178,20 @@ def block_shape(roles: Outline, linears: dict[str, tuple[int, int]], planned: se
         chosen = sum(R for name, R in rows.items() if name in planned)
         return Shared(sum(rows.values()), linears[names[0]][1], chosen)
 
+    alike = Counter(
+        (shared(first), shared((down,)), mixture.share) for mixture in roles.experts for first, down in mixture.members
+    )
     return BlockShape(
         tuple(shared(names) for names in roles.attention),
         shared((roles.out,)) if roles.out else None,
         shared(roles.first) if roles.first else None,
         shared((roles.down,)) if roles.down else None,
+        tuple(Routed(first, down, count, share) for (first, down, share), count in alike.items()),
     )
 
 
 def probe_of(subject: Subject, config: PruneConfig, shapes: list[BlockShape], run: Run) -> Probe:
-    largest = max(shapes, key=lambda shape: sum(group.size for group in shape.groups))
+    largest = max(shapes, key=lambda shape: shape.size)
     settings = subject.adapter.model.config
     heads = getattr(settings, "num_attention_heads", None)
     width = largest.out.columns if largest.out else None
@@ -228,12 +236,13 @@ def report(
 
 
 def linear_rows(adapter: DecoderAdapter, selection: Selection) -> list[dict[str, Any]]:
-    """Planned linears grouped by their name inside the block, shape and pattern."""
+    """Planned linears grouped by their name inside the block, shape and pattern; experts of all numbers together."""
     rows: dict[tuple[Any, ...], list[str]] = {}
     for block in adapter.block_names:
         for name, target in selection.plan.items():
             if name.startswith(f"{block}."):
-                key = (name.removeprefix(f"{block}."), target.shape, str(target.pattern))
+                role = re.sub(r"\.\d+\.", ".*.", name.removeprefix(f"{block}."))
+                key = (role, target.shape, str(target.pattern))
                 rows.setdefault(key, []).append(name)
     return [
         {
@@ -326,7 +335,7 @@ def result(subject: Subject, selection: Selection, config: PruneConfig) -> dict[
 
 
 def unknown_roles(shapes: list[BlockShape], config: PruneConfig) -> list[str]:
-    strange = sum(shape.planned and shape.down is None for shape in shapes)
+    strange = sum(shape.planned and shape.down is None and not shape.experts for shape in shapes)
     if not strange or not isinstance(config.method, SparseLLM):
         return []
     return [f"{strange} blocks show no FFN by their shapes: SparseLLM may refuse them, and the time is a lower bound"]

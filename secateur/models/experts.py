@@ -178,14 +178,23 @@ def find_experts(block: nn.Module) -> tuple[Experts, ...]:
 
 
 def _fused_linears(name: str, module: nn.Module) -> tuple[dict[str, Linear], ...]:
-    """Views of every expert of a module that holds the parameters of a row of FUSED and no others."""
+    """Views of every expert of a fused module; none of any other."""
+    row = fused_row(module)
+    if row is None:
+        return ()
+    E, D, K = module.get_parameter(row.down).shape
+    return tuple(_views(name, module, row, e, D, K) for e in range(E))
+
+
+def fused_row(module: nn.Module) -> Fused | None:
+    """The row of FUSED whose parameters, and no others, a module holds."""
     own = dict(module.named_parameters(recurse=False))
     for row in FUSED:
         if own.keys() == {row.first, row.down} and all(p.ndim == 3 for p in own.values()):
             E, D, K = own[row.down].shape
             if own[row.first].shape == (E, len(row.parts) * K, D):
-                return tuple(_views(name, module, row, e, D, K) for e in range(E))
-    return ()
+                return row
+    return None
 
 
 def _views(name: str, module: nn.Module, row: Fused, expert: int, D: int, K: int) -> dict[str, Linear]:

@@ -2,18 +2,22 @@
 
 ``layout`` observes roles by numbers. Here one pass over shapes tells the order of the linears and who reads whose
 tensor; the FFN is then taken to be the last linear and the one or two before it that read one input and give its width
-(or, fused, twice its width), and the linear before them the attention's output projection. That holds for the
-architectures known today and is verified, in numbers, when pruning begins.
+(or, fused, twice its width), and the linear before them the attention's output projection. In a block with experts the
+linears beside these are the FFN, a shared expert, and all others the attention. That holds for the architectures known
+today and is verified, in numbers, when pruning begins.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from secateur.errors import ModelError
 from secateur.models.adapter import DecoderAdapter
+from secateur.models.experts import Experts, expert_linears, routing
 
 TOKENS = 8
 
@@ -27,6 +31,16 @@ class Ran(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """Experts of a block."""
+
+    members: tuple[tuple[tuple[str, ...], str], ...]
+    """(Gate and up, or up; down) of each."""
+    share: float
+    """Of all tokens, what one expert sees if the router spreads them evenly."""
+
+
+@dataclass(frozen=True)
 class Outline:
     """Names of a block's linears by their likely role."""
 
@@ -34,38 +48,63 @@ class Outline:
     """Those before the output projection, grouped by shared input; all of the block where no FFN is seen."""
     out: str | None
     first: tuple[str, ...]
-    """Gate and up, or up."""
+    """Gate and up, or up; of what sees every token."""
     down: str | None
+    experts: tuple[Mixture, ...] = ()
 
 
 def outline(adapter: DecoderAdapter, index: int) -> Outline:
     """The likely roles of one block's linears."""
-    ran = _watch(adapter, index)
-    count = _sources(ran)
-    if not count:
+    experts = adapter.experts(adapter.blocks[index])
+    for one in experts:
+        if not one.fused:
+            raise ModelError(f"{one.name}: experts in a list of modules cannot be planned; prune can prune them")
+    ran, routed = _watch(adapter, index, experts)
+    mixtures = tuple(map(_mixture, experts, routed))
+    beside = tuple(f"{one.name.rpartition('.')[0]}." for one in experts)
+    ffn = [r for r in ran if not experts or r.name.startswith(beside)]
+    attention = [r for r in ran if experts and not r.name.startswith(beside)]
+    count = _sources(ffn)
+    if not count and not experts:
         return Outline(_shared(ran), None, (), None)
-    before, first = ran[: -1 - count], ran[-1 - count : -1]
+    before = attention + ffn[: -1 - count] if count else attention
+    first, down = (ffn[-1 - count : -1], ffn[-1].name) if count else ([], None)
     out = before[-1].name if before else None
-    return Outline(_shared(before[:-1]), out, tuple(r.name for r in first), ran[-1].name)
+    return Outline(_shared(before[:-1]), out, tuple(r.name for r in first), down, mixtures)
 
 
-def _watch(adapter: DecoderAdapter, index: int) -> list[Ran]:
+def _mixture(experts: Experts, routed: int) -> Mixture:
+    members = tuple((tuple(linears)[:-1], tuple(linears)[-1]) for linears in experts.linears)
+    return Mixture(members, routed / TOKENS / len(members))
+
+
+def _watch(adapter: DecoderAdapter, index: int, experts: Sequence[Experts]) -> tuple[list[Ran], list[int]]:
+    """The linears that every token runs through, in order; how many tokens, summed over experts, each mixture got."""
     ran: list[Ran] = []
+    routed = [0 for _ in experts]
 
     def note(name: str, shape: tuple[int, int], module: nn.Module, args: tuple[Tensor, ...]) -> None:
         ran.append(Ran(name, shape, args[0]))
 
-    tokens = torch.zeros(1, TOKENS, dtype=torch.int64)
-    linears = adapter.linears(adapter.blocks[index])
+    def sent(place: int, name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        routed[place] += routing(name, args, kwargs).index.numel()
+
+    block, tokens = adapter.blocks[index], torch.zeros(1, TOKENS, dtype=torch.int64)
     handles = [
-        linear.register_forward_pre_hook(partial(note, name, adapter.shape(linear))) for name, linear in linears.items()
+        linear.register_forward_pre_hook(partial(note, name, adapter.shape(linear)))
+        for name, linear in adapter.linears(block).items()
+        if name not in expert_linears(experts)
+    ]
+    handles += [
+        one.module.register_forward_pre_hook(partial(sent, place, one.name), with_kwargs=True)
+        for place, one in enumerate(experts)
     ]
     try:
         adapter.replay(index, adapter.first_hidden(tokens), adapter.calls(1, TOKENS)[index])
     finally:
         for handle in handles:
             handle.remove()
-    return ran
+    return ran, routed
 
 
 def _sources(ran: list[Ran]) -> int:

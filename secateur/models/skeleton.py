@@ -3,14 +3,15 @@ checkpoint's files are held against it.
 
 Nothing of a weight is read, so a checkpoint of any size takes a moment. The tensors are torch's fake ones rather than
 plain meta tensors: forwards of real architectures run on them, so that the adapter finds the blocks and the order of
-the linears as it does with weights. What depends on numbers (which phi, whether a replay equals the forward) is left
-to the run itself.
+the linears as it does with weights. What depends on numbers (which phi, whether a replay equals the forward, who is
+routed where) is left to the run itself: fused experts answer with the shape of their input.
 """
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from secateur.errors import ModelError, SecateurError
 from secateur.models.adapter import DecoderAdapter
+from secateur.models.experts import fused_row, routing
 from secateur.models.gguf_once import parsed_once
 from secateur.models.headers import STORED, Headers, read_headers, shards
 from secateur.models.load import DTYPES, Place, in_one_line, locate, read_config
@@ -45,6 +47,7 @@ class Skeleton:
     def adapter(self) -> Iterator[DecoderAdapter]:
         """The model as blocks, inside the mode in which it can be run."""
         with self.mode, _structure_in_one_line(self.source):
+            stand_in_for_experts(self.model)
             yield DecoderAdapter(self.model)
 
 
@@ -66,6 +69,17 @@ def skeleton(source: str, dtype: str = "auto") -> Skeleton:
     model.requires_grad_(False).eval()
     size = sum(file.stat().st_size for file in files) if files else None
     return Skeleton(model, source, chosen, mode, size, gguf)
+
+
+def stand_in_for_experts(model: PreTrainedModel) -> None:
+    """How many tokens an expert sees is a number, and so are the shapes inside it: they are passed over."""
+
+    def answer(name: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.empty_like(routing(name, args, kwargs).hidden)
+
+    for name, module in model.named_modules():
+        if fused_row(module):
+            vars(module)["forward"] = partial(answer, name)
 
 
 def _dtype(asked: str, of_config: Any, headers: Headers) -> torch.dtype:

@@ -10,6 +10,8 @@ read or written once is one pass of its bytes. Elementwise passes are counted by
 blocks with two norms and rotary embeddings: where a block has less, that part is an upper bound, a few percent of a
 run. Structure (what is attention, what FFN) is given by the caller; stages bear the names of the records' stages.
 
+Experts are counted as if the router spread the tokens evenly: how it really does is known only in the run.
+
 T = calibration tokens, S = tokens of a window, D = hidden size, K = inner size of the FFN, R = out_features,
 C = in_features.
 """
@@ -18,9 +20,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
+from secateur.core.activations import ACTIVATIONS
 from secateur.core.solvers import ADMM, Magnitude, Solver, SparseGPT, Wanda
 from secateur.pruning.ffn import HELD_OUT
 from secateur.pruning.oneshot import ERROR_ROWS
+from secateur.pruning.shortage import TOKENS_PER_INPUT
 from secateur.pruning.work import PROBE_TOKENS
 
 FLOAT32 = 4
@@ -81,6 +85,29 @@ class Shared(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Routed:
+    """Experts of a block that are alike, FFNs of their own for the tokens routed to them."""
+
+    first: Shared
+    down: Shared
+    count: int
+    share: float
+    """Of all tokens, what each of them sees."""
+
+    @property
+    def groups(self) -> tuple[Shared, Shared]:
+        return self.first, self.down
+
+    @property
+    def planned(self) -> bool:
+        return any(group.planned for group in self.groups)
+
+    @property
+    def widest(self) -> int:
+        return max(group.columns for group in self.groups)
+
+
+@dataclass(frozen=True)
 class BlockShape:
     """The matrices of a block by their role."""
 
@@ -90,9 +117,16 @@ class BlockShape:
     first: Shared | None
     """Up, or gate and up."""
     down: Shared | None
+    experts: tuple[Routed, ...] = ()
+
+    @property
+    def matrices(self) -> tuple[Shared, ...]:
+        """All groups, one of each kind of experts."""
+        return (*self.groups, *(group for one in self.experts for group in one.groups))
 
     @property
     def groups(self) -> tuple[Shared, ...]:
+        """Those that see every token."""
         return (*self.attention, *(group for group in (self.out, self.first, self.down) if group))
 
     @property
@@ -101,7 +135,12 @@ class BlockShape:
 
     @property
     def planned(self) -> bool:
-        return any(group.planned for group in self.groups)
+        return any(group.planned for group in self.matrices)
+
+    @property
+    def size(self) -> int:
+        """Weights of all matrices."""
+        return sum(g.size for g in self.groups) + sum(r.count * g.size for r in self.experts for g in r.groups)
 
 
 class Run(NamedTuple):
@@ -187,8 +226,25 @@ def ffn_part(shape: BlockShape, tokens: float, run: Run) -> Cost:
     return linears_forward(groups, tokens) + more
 
 
+def expert_forward(routed: Routed, tokens: float) -> Cost:
+    """One expert on so many tokens of its own: matrices, activation, and each token gathered, weighted, given back."""
+    return (
+        linears_forward(routed.groups, tokens)
+        + elementwise(routed.down.columns, 5, tokens)
+        + elementwise(routed.down.rows, 6, tokens)
+    )
+
+
+def experts_part(shape: BlockShape, tokens: float, run: Run) -> Cost:
+    total = Cost()
+    for routed in shape.experts:
+        weights = sum(group.size for group in routed.groups) * tokens / run.chunk if run.rounded else 0.0
+        total += (expert_forward(routed, tokens * routed.share) + Cost(streamed=6 * weights)).times(routed.count)
+    return total
+
+
 def forward(shape: BlockShape, tokens: float, run: Run) -> Cost:
-    return attention_part(shape, tokens, run) + ffn_part(shape, tokens, run)
+    return attention_part(shape, tokens, run) + ffn_part(shape, tokens, run) + experts_part(shape, tokens, run)
 
 
 # --------------------------------------------------------------------------------------------------------------- solves
@@ -244,23 +300,52 @@ def fit(R: int, C: int) -> Cost:
 # ------------------------------------------------------------------------------------------------------- layer by layer
 
 
+def moments(solver: Solver, group: Shared, tokens: float) -> Cost:
+    """What a solver needs of one group's input."""
+    if not group.planned or solver.needs == "nothing":
+        return Cost()
+    return gram(group.columns, tokens) if solver.needs == "gram" else elementwise(group.columns, 3, tokens)
+
+
+def expert_moments(routed: Routed, solver: Solver, run: Run) -> Cost:
+    """The same of one expert, on a sample of all tokens too where its own are fewer than a group's inputs."""
+    own = run.tokens * routed.share
+    short = [group for group in routed.groups if own < TOKENS_PER_INPUT * group.columns and group.planned]
+    total = sum((moments(solver, group, own) for group in routed.groups), Cost())
+    if short and solver.needs != "nothing":
+        pool = run.tokens // max(1, run.tokens // (TOKENS_PER_INPUT * routed.widest))
+        total += sum((moments(solver, group, pool) for group in short), expert_forward(routed, pool))
+    return total
+
+
 def observe(shape: BlockShape, solver: Solver, run: Run) -> Cost:
     """One forward, and the moments of every planned group's input."""
-    planned = [group for group in shape.groups if group.planned]
-    moments = Cost()
-    for group in planned:
-        moments += gram(group.columns, run.tokens) if solver.needs == "gram" else Cost()
-        moments += elementwise(group.columns, 3, run.tokens) if solver.needs == "diag" else Cost()
-    return (forward(shape, run.tokens, run) if solver.needs != "nothing" else Cost()) + moments
+    if solver.needs == "nothing":
+        return Cost()
+    own = sum((moments(solver, group, run.tokens) for group in shape.groups), forward(shape, run.tokens, run))
+    return sum((expert_moments(one, solver, run).times(one.count) for one in shape.experts), own)
+
+
+def expert_solves(routed: Routed, solver: Solver) -> Cost:
+    return sum((solve(solver, group) for group in routed.groups), Cost()).times(routed.count)
 
 
 def solves(shape: BlockShape, solver: Solver) -> Cost:
-    return sum((solve(solver, group) for group in shape.groups), Cost())
+    own = sum((solve(solver, group) for group in shape.groups), Cost())
+    return sum((expert_solves(routed, solver) for routed in shape.experts), own)
 
 
 def sample(shape: BlockShape, run: Run) -> Cost:
-    """The dense block's outputs on the chunks its error is measured on, and the replays that show its structure."""
-    return forward(shape, min(ERROR_ROWS, run.samples) * run.seq_len + REPLAYS * PROBE_TOKENS, run)
+    """The dense block's outputs on the chunks its error is measured on, and the replays that show its structure.
+
+    Experts show theirs by one run of each, and one of the mixture with every activation that is known.
+    """
+    replays = REPLAYS + bool(shape.experts and shape.first)
+    shown = forward(shape, min(ERROR_ROWS, run.samples) * run.seq_len + replays * PROBE_TOKENS, run)
+    for routed in shape.experts:
+        tokens = PROBE_TOKENS * (1 + len(ACTIVATIONS) * routed.share)
+        shown += expert_forward(routed, tokens).times(routed.count)
+    return shown
 
 
 def propagate(shape: BlockShape, run: Run) -> Cost:

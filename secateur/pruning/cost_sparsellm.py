@@ -13,11 +13,15 @@ from secateur.pruning.cost import (
     FLOAT32,
     BlockShape,
     Cost,
+    Routed,
     Run,
     Shared,
     attention_part,
     cross,
     elementwise,
+    expert_forward,
+    expert_moments,
+    experts_part,
     fit,
     forward,
     gram,
@@ -27,6 +31,7 @@ from secateur.pruning.cost import (
     sample,
     solve,
 )
+from secateur.pruning.experts import FIT_TOKENS_PER_INPUT
 from secateur.pruning.work import PROBE_TOKENS
 
 
@@ -44,8 +49,10 @@ def closed_attention(shape: BlockShape, run: Run) -> tuple[Cost, Cost]:
     dense = forward(shape, run.tokens, run)
     for group in shape.attention:
         dense += gram(group.columns, run.tokens) if group.planned else Cost()
-    again = attention_part(shape, run.tokens, run) + elementwise(shape.hidden, 4, run.tokens)
-    out = shape.out
+    again, out = Cost(), shape.out
+    if shape.first or not shape.experts:  # the inputs of the FFN that sees every token, experts beside it run along
+        again += attention_part(shape, run.tokens, run) + elementwise(shape.hidden, 4, run.tokens)
+        again += experts_part(shape, run.tokens, run)
     if out is not None and out.planned:
         again += attention_part(shape, run.tokens, run, out=False) + gram(out.columns, run.tokens)
         again += (
@@ -87,23 +94,46 @@ def pull(first: Shared, down: Shared, run: Run) -> Cost:
     return step + tokens + moved + cross(R, D, run.fitted) + fit(R, D)
 
 
-def closed_ffn(shape: BlockShape, options: SparseLLM, run: Run) -> tuple[Cost, Cost]:
+def closed_ffn(first: Shared, down: Shared, options: SparseLLM, run: Run) -> tuple[Cost, Cost]:
     """(FFN without its solves, the layer solves in it); every round tries two lengths."""
-    first, down = shape.first, shape.down
-    if first is None or down is None:
-        return Cost(), Cost()
     rounds = options.iterations - 1
     once = gram(first.columns, run.fitted) + solve_down(first, down, run)
     trial = masked_fit(first.rows, first.columns) + solve_down(first, down, run)
     work = once + (pull(first, down, run) + trial.times(2)).times(rounds)
-    if options.target == "ffn":
-        work += ffn_output(first, down, run.tokens)
     return work, solve(options.inner, first) + solve(options.inner, down, 1 + 2 * rounds)
+
+
+def fits(routed: Routed, run: Run) -> bool:
+    """Whether an expert has tokens enough for SparseLLM's own fits."""
+    return run.tokens * routed.share >= FIT_TOKENS_PER_INPUT * routed.widest
+
+
+def own_run(routed: Routed, run: Run) -> Run:
+    """The tokens of one expert as a calibration of its own."""
+    return run._replace(samples=1, seq_len=int(run.tokens * routed.share), batch=1)
+
+
+def closed_expert(routed: Routed, options: SparseLLM, run: Run) -> tuple[Cost, Cost]:
+    """(Targets, fits and rounds of one expert, its solves); moments and solves alone where its tokens are too few."""
+    own = own_run(routed, run)
+    if not fits(routed, run):
+        again = expert_forward(routed, own.tokens) + expert_moments(routed, options.inner, run)
+        return again, sum((solve(options.inner, group) for group in routed.groups), Cost())
+    ffn, solved = closed_ffn(routed.first, routed.down, options, own)
+    return ffn + ffn_output(routed.first, routed.down, own.tokens), solved
 
 
 def closed_stages(shape: BlockShape, options: SparseLLM, run: Run) -> dict[str, Cost]:
     dense, attention = closed_attention(shape, run)
-    ffn, ffn_solves = closed_ffn(shape, options, run)
+    ffn, ffn_solves = Cost(), Cost()
+    if shape.first and shape.down:
+        ffn, ffn_solves = closed_ffn(shape.first, shape.down, options, run)
+        ffn += ffn_output(shape.first, shape.down, run.tokens) if options.target == "ffn" else Cost()
+    planned = [routed for routed in shape.experts if routed.planned]
+    attention += forward(shape, run.tokens, run) if planned else Cost()  # who is routed where, as things stand
+    for routed in planned:
+        work, solved = closed_expert(routed, options, run)
+        ffn, ffn_solves = ffn + work.times(routed.count), ffn_solves + solved.times(routed.count)
     around = (*shape.attention, *((shape.out,) if shape.out else ()))
     return {
         "sample": sample(shape, run),
@@ -127,17 +157,28 @@ def paper_round(first: Shared, down: Shared, options: SparseLLM, run: Run) -> Co
     return step + products + updates + fit(R, D) + fit(D, K) + ffn_output(first, down, T)
 
 
-def paper_stages(shape: BlockShape, options: SparseLLM, run: Run) -> dict[str, Cost]:
-    """Iteration 0 is layer by layer; then the FFN's rounds."""
-    stages = layerwise_stages(shape, options.inner, run)
-    first, down, rounds = shape.first, shape.down, options.iterations - 1
-    if first is None or down is None or not rounds:
-        return stages
+def paper_ffn(first: Shared, down: Shared, options: SparseLLM, run: Run) -> tuple[Cost, Cost]:
+    """(The rounds of one FFN, the solves in them)."""
+    rounds = options.iterations - 1
     start = ffn_output(first, down, run.tokens).times(2) + gram(first.columns, run.tokens)
     start += product(first.rows, first.columns, run.tokens)
     again = solve(options.inner, first, rounds) + solve(options.inner, down, rounds)
-    ffn = start + paper_round(first, down, options, run).times(rounds)
-    return {**stages, "ffn": ffn, "solve": stages["solve"] + again}
+    return start + paper_round(first, down, options, run).times(rounds), again
+
+
+def paper_stages(shape: BlockShape, options: SparseLLM, run: Run) -> dict[str, Cost]:
+    """Iteration 0 is layer by layer; then the rounds of the FFN and of every expert with tokens enough."""
+    stages = layerwise_stages(shape, options.inner, run)
+    ffns = [(shape.first, shape.down, 1, run)] if shape.first and shape.down else []
+    ffns += [(r.first, r.down, r.count, own_run(r, run)) for r in shape.experts if r.planned and fits(r, run)]
+    if not ffns or options.iterations == 1:
+        return stages
+    stages["ffn"] = Cost()
+    for first, down, count, own in ffns:
+        rounds, solved = paper_ffn(first, down, options, own)
+        stages["ffn"] += rounds.times(count)
+        stages["solve"] += solved.times(count)
+    return stages
 
 
 MODES = {"closed": closed_stages, "paper": paper_stages}

@@ -62,38 +62,47 @@ def footprint(shape: BlockShape, method: Solver | SparseLLM, run: Run, itemsize:
     mode, solver = mode_of(method), method.inner if isinstance(method, SparseLLM) else method
     if method.needs == "nothing":
         run = run._replace(samples=1, seq_len=min(run.seq_len, PROBE_TOKENS))
-    ffn = (shape.first.size if shape.first else 0) + (shape.down.size if shape.down else 0)
+    ffn = max((first.size + down.size for first, down in ffns(shape)), default=0)
     rounds = isinstance(method, SparseLLM) and (mode == "closed" or method.iterations > 1)
     carries = mode == "paper" and rounds and shape.first
     return Footprint(
         hidden=waiting(shape, mode, rounds) * run.tokens * itemsize,
         state=run.tokens * shape.hidden * itemsize,
         carried=2 * FLOAT32 * run.tokens * shape.first.rows if carries and shape.first else 0.0,
-        block=sum(group.size for group in shape.groups) * itemsize,
+        block=shape.size * itemsize,
         copies=FFN_COPIES * FLOAT32 * ffn if rounds else 0.0,
         moments=moments(shape, solver, mode),
-        solve=max((solve_bytes(solver, group) for group in shape.groups if group.planned), default=0.0),
+        solve=max((solve_bytes(solver, group) for group in shape.matrices if group.planned), default=0.0),
         chunk=chunk_bytes(shape, run, mode),
     )
 
 
-def waiting(shape: BlockShape, mode: str, rounds: bool) -> int:
-    """Hidden values of a token that wait at the fullest moment."""
+def ffns(shape: BlockShape) -> list[tuple[Shared, Shared]]:
+    """(First, down) of the FFN that sees every token, and of one expert of each kind."""
+    own = [(shape.first, shape.down)] if shape.first and shape.down else []
+    return own + [routed.groups for routed in shape.experts]
+
+
+def waiting(shape: BlockShape, mode: str, rounds: bool) -> float:
+    """Hidden values of a token that wait at the fullest moment; experts' inputs wait once for each that it goes to."""
     width = COPIES[mode if rounds else "layerwise"] * shape.hidden
     entering = shape.out.columns if mode == "closed" and shape.out and shape.out.planned else 0
-    return max(width, 2 * shape.hidden + entering)
+    routed = sum(one.count * one.share for one in shape.experts) if rounds else 0
+    return max(width, 2 * shape.hidden + entering, (2 + routed) * shape.hidden)
 
 
 def moments(shape: BlockShape, solver: Solver, mode: str) -> float:
     """Sums of all planned groups at one time; of the FFN alone, with its cross moments, where that is more."""
     planned = [group.columns for group in shape.groups if group.planned]
+    planned += [g.columns for routed in shape.experts for g in routed.groups if g.planned for _ in range(routed.count)]
     if mode == "layerwise":
         sizes = {"gram": sum(C * C for C in planned), "diag": sum(planned), "nothing": 0}
         return FLOAT32 * sizes[solver.needs]
-    first, down = shape.first, shape.down
-    if first is None or down is None:
+    if not ffns(shape):
         return FLOAT32 * sum(C * C for C in planned)
-    return FLOAT32 * (first.columns**2 + 2 * down.columns**2 + 2 * down.size + 2 * first.size)
+    return FLOAT32 * max(
+        first.columns**2 + 2 * down.columns**2 + 2 * down.size + 2 * first.size for first, down in ffns(shape)
+    )
 
 
 def solve_bytes(solver: Solver, group: Shared) -> float:

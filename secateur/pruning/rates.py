@@ -93,14 +93,14 @@ class Probe:
     @property
     def widest(self) -> Shared:
         """The largest matrix, or as much of it as a probe may hold."""
-        group = max(self.shape.groups, key=lambda group: group.size)
+        group = max(self.shape.matrices, key=lambda group: group.size)
         columns = min(group.columns, WIDEST)
         return Shared(min(group.rows, LARGEST // columns), columns, 0)
 
     @property
     def deepest(self) -> int:
         """The widest input."""
-        return min(max(group.columns for group in self.shape.groups), WIDEST)
+        return min(max(group.columns for group in self.shape.matrices), WIDEST)
 
     @property
     def forward_dtype(self) -> torch.dtype:

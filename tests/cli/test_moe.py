@@ -45,6 +45,22 @@ def test_the_report_counts_all_experts_and_says_what_was_left_alone(made, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_what_is_planned_is_what_was_pruned(made, run, name, text_file, monkeypatch):
+    monkeypatch.setattr("secateur.pruning.rates.PATIENCE", 0.0)
+    dense, out, _ = made(name)
+    flags = ["--method", "sparsellm", "--pattern", "2:4", "--data", text_file, *SMALL, "--json"]
+    ran = run("plan", dense, *flags)
+    assert ran.code == 0, ran.err
+    report = json.loads((out / "secateur" / "report.json").read_text())
+    assert sum(row["count"] for row in ran.json["linears"]) == report["linears"]
+    assert sum(row["weights"] for row in ran.json["linears"]) == report["weights"]
+    experts = {row["role"]: row["count"] for row in ran.json["linears"] if ".experts." in row["role"]}
+    assert experts == {f"mlp.experts.*.{part}_proj": 12 for part in ("gate", "up", "down")}
+    lines = (out / "secateur" / "records.jsonl").read_text().splitlines()
+    assert {row["name"] for row in ran.json["stages"]} == {*json.loads(lines[0])["stages"], "sample"}
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_what_is_saved_keeps_every_promise_of_every_expert(made, run, name):
     dense, out, _ = made(name)
     found = run("inspect", out, "--baseline", dense, "--json")

@@ -53,3 +53,26 @@ def test_the_type_is_the_one_that_would_be_loaded(tiny, tmp_path):
     tiny("llama").to(torch.bfloat16).save_pretrained(tmp_path)
     assert skeleton(str(tmp_path)).dtype == torch.bfloat16
     assert skeleton(str(tmp_path), "float32").dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+def test_experts_are_found_by_their_shapes(name, moe, input_ids, tmp_path):
+    model = moe(name)
+    model.save_pretrained(tmp_path)
+    real = DecoderAdapter(model)
+    hidden, call = real.first_hidden(input_ids[:1] % 64), real.calls(1, input_ids.shape[1])[0]
+    layout = observe(real, 0, hidden, call)
+    with skeleton(str(tmp_path)).adapter() as adapter:
+        roles = outline(adapter, 0)
+    assert roles == outline(real, 0), "by shapes as by numbers"
+    (mixture,) = roles.experts
+    assert (len(mixture.members), mixture.share) == (6, 2 / 6)
+    assert mixture.members[3][1] == "mlp.experts.3.down_proj"
+    shared = layout.ffn.down if layout.ffn else None
+    assert (roles.out, roles.down) == (layout.attention_out, shared)
+    assert (shared is not None) == (name == "qwen2_moe")
+
+
+def test_experts_in_a_list_are_refused(listed_moe):
+    with pytest.raises(ModelError, match=r"mlp\.experts: experts in a list .* prune can"):
+        outline(DecoderAdapter(listed_moe()), 0)

@@ -1,5 +1,7 @@
 """The formulas of what a run costs: against hand counts, and against every product that torch counts in a real run."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_flop_count
@@ -9,7 +11,7 @@ from secateur.core.pattern import NM, Block, Unstructured
 from secateur.core.solvers import ADMM, Magnitude, SparseGPT, Wanda
 from secateur.core.sparsellm import SparseLLM
 from secateur.models.adapter import DecoderAdapter
-from secateur.pruning.cost import BlockShape, Cost, Run, Shared, admm, fit, forward, gram, sparsegpt
+from secateur.pruning.cost import BlockShape, Cost, Routed, Run, Shared, admm, fit, forward, gram, observe, sparsegpt
 from secateur.pruning.cost_sparsellm import block_stages
 from secateur.pruning.footprint import footprint
 from secateur.pruning.hidden import Budget
@@ -94,6 +96,38 @@ def test_every_product_of_a_run_is_foreseen(method, ignored):
     foreseen = total.linear + total.moment + total.product + total.exact
     assert sum(counts.values()) - attended == pytest.approx(foreseen, rel=0.01 if method == "sparsegpt" else 0)
     assert attended == 2 * total.attention, "torch counts the masked half too"
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_every_product_of_experts_is_foreseen(method, family, moe):
+    """The sum over experts does not depend on who is routed where. Not foreseen: the router, the held-out remainder."""
+    adapter = DecoderAdapter(moe(family, experts_implementation="eager"))
+    rows = torch.randint(64, (16, 64), generator=torch.Generator().manual_seed(0))
+    plan = select(adapter, Unstructured(0.5), range(2)).plan
+    with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+        list(prune_blocks(adapter, rows, plan, METHODS[method], RunOptions()))
+    attended = ("scaled_dot", "attention")
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if not any(w in str(op) for w in attended))
+    shared = (Shared(80, 32, 80), Shared(32, 40, 32)) if family == "qwen2_moe" else (None, None)
+    experts = Routed(Shared(48, 32, 48), Shared(32, 24, 32), 6, share=2 / 6)
+    shape = BlockShape((Shared(64, 32, 64),), Shared(32, 32, 32), *shared, (experts,))
+    foreseen_method = METHODS[method]
+    if family == "qwen2_moe" and isinstance(foreseen_method, SparseLLM):
+        foreseen_method = replace(foreseen_method, target="ffn")  # what a gate multiplies is not fitted to the block
+    total = sum(block_stages(shape, foreseen_method, Run(16, 64, 1, rounded=False)).values(), Cost())
+    foreseen = 2 * (total.linear + total.moment + total.product + total.exact)
+    assert counted == pytest.approx(foreseen, rel=0.03)
+
+
+def test_a_short_expert_costs_a_sample_and_no_fits():
+    experts = Routed(Shared(48, 32, 48), Shared(32, 24, 32), 6, share=2 / 6)
+    shape = BlockShape((Shared(64, 32, 64),), Shared(32, 32, 32), None, None, (experts,))
+    few, enough = (block_stages(shape, SparseLLM(), Run(1, n, 1, rounded=False)) for n in (60, 240))
+    again = 6 * 2 * 2 * admm(ADMM(), 32, 24).exact
+    assert enough["solve"].exact - few["solve"].exact == again, "two rounds of two steps, each with a down of its own"
+    seen = observe(shape, SparseGPT(), Run(1, 60, 1, rounded=False)).moment
+    assert seen == 2 * 60 * 2 * 32**2 + 6 * 2 * 20 * (32**2 + 24**2) + 6 * 2 * 60 * (32**2 + 24**2)
 
 
 def test_a_block_without_roles_costs_its_forwards():
