@@ -47,6 +47,7 @@ NOTES = (
     "roles of the linears are taken from shapes and order; the FFN's form is verified when pruning begins",
     "time without reading and tokenizing the text; rounds of closed mode may end early",
 )
+EVENLY = "experts are counted as if the router spread the tokens evenly"
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,7 @@ def report(
         result=result(subject, selection, config),
         runtimes=[row.to_dict() for row in runtimes_for(pattern)],
         warnings=warnings_for(pattern, subject.parameters) + unknown_roles(shapes, config),
-        notes=list(NOTES),
+        notes=[*NOTES, *([EVENLY] if any(shape.experts for shape in shapes) else [])],
     )
 
 

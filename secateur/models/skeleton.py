@@ -27,7 +27,8 @@ from secateur.models.adapter import DecoderAdapter
 from secateur.models.experts import fused_row, routing
 from secateur.models.gguf_once import parsed_once
 from secateur.models.headers import STORED, Headers, read_headers, shards
-from secateur.models.load import DTYPES, Place, in_one_line, locate, read_config
+from secateur.models.hub import hub_headers
+from secateur.models.load import DTYPES, Place, in_one_line, locate, on_hub, read_config
 from secateur.models.quiet import quiet
 
 
@@ -39,8 +40,8 @@ class Skeleton:
     source: str
     dtype: torch.dtype
     mode: FakeTensorMode
-    file_bytes: int | None
-    """Of the checkpoint's files; None where they are on the hub."""
+    file_bytes: int
+    """Of the checkpoint's files."""
     gguf: bool
 
     @contextmanager
@@ -57,18 +58,24 @@ def skeleton(source: str, dtype: str = "auto") -> Skeleton:
     gguf = "gguf_file" in place.options
     with quiet(), parsed_once(), in_one_line(source, place.advice):
         config = read_config(place, source)
-        files = [] if not Path(place.name).is_dir() else _gguf_file(place) if gguf else shards(Path(place.name))
-        headers: Headers = {} if gguf else read_headers(files)
+        headers, size = stored(place)
         chosen = _dtype(dtype, config.dtype, headers)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode:
             model = AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=False)
-        found = _gguf_shapes(model, files[0]) if gguf else _renamed(model, headers)
-        if files:
-            _check(model, found, source, place.advice)
+        _check(model, _gguf_shapes(model, gguf_file(place)) if gguf else _renamed(model, headers), source, place.advice)
     model.requires_grad_(False).eval()
-    size = sum(file.stat().st_size for file in files) if files else None
     return Skeleton(model, source, chosen, mode, size, gguf)
+
+
+def stored(place: Place) -> tuple[Headers, int]:
+    """What the checkpoint's files say of themselves, and their bytes; a GGUF file is read later."""
+    if on_hub(place):
+        return hub_headers(place.name, place.options["revision"])
+    if "gguf_file" in place.options:
+        return {}, gguf_file(place).stat().st_size
+    files = shards(Path(place.name))
+    return read_headers(files), sum(file.stat().st_size for file in files)
 
 
 def stand_in_for_experts(model: PreTrainedModel) -> None:
@@ -113,8 +120,8 @@ def _renamed(model: PreTrainedModel, headers: Headers) -> Found:
     return found
 
 
-def _gguf_file(place: Place) -> list[Path]:
-    return [Path(place.name) / place.options["gguf_file"]]
+def gguf_file(place: Place) -> Path:
+    return Path(place.name) / place.options["gguf_file"]
 
 
 def _gguf_shapes(model: PreTrainedModel, path: Path) -> Found:

@@ -51,6 +51,7 @@ def test_what_is_planned_is_what_was_pruned(made, run, name, text_file, monkeypa
     flags = ["--method", "sparsellm", "--pattern", "2:4", "--data", text_file, *SMALL, "--json"]
     ran = run("plan", dense, *flags)
     assert ran.code == 0, ran.err
+    assert "spread the tokens evenly" in ran.json["notes"][-1]
     report = json.loads((out / "secateur" / "report.json").read_text())
     assert sum(row["count"] for row in ran.json["linears"]) == report["linears"]
     assert sum(row["weights"] for row in ran.json["linears"]) == report["weights"]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from secateur.errors import ModelError
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.load import load
+from secateur.models.offload import is_offloaded
 
 
 def test_a_directory(stories, capfd):
@@ -138,6 +140,40 @@ def test_a_file_of_another_kind(stories):
 
 def test_an_unreachable_hub():
     refused("nobody/nothing", "cannot load nobody/nothing: .*check the name and the connection, or give a local")
+
+
+@pytest.fixture
+def hub(stories, monkeypatch):
+    """A hub that has the test model, as huggingface_hub's own functions answer; yields what was asked of it."""
+    asked = []
+
+    def snapshot(repository, **options):
+        asked.append((repository, options))
+        return str(stories)
+
+    monkeypatch.setattr("secateur.models.hub.snapshot_download", snapshot)
+    return asked
+
+
+@pytest.mark.parametrize("offload", ["off", "on"])
+def test_a_hub_model_is_a_directory_like_any_other(hub, stories, offload):
+    loaded = load("somebody/stories", revision="abc", offload=offload)
+    assert loaded.source == "somebody/stories"
+    assert loaded.fingerprint == load(str(stories)).fingerprint
+    assert is_offloaded(loaded.model) == (offload == "on")
+    ((repository, options),) = hub
+    assert (repository, options["revision"]) == ("somebody/stories", "abc")
+    fetched = [path.name for path in stories.iterdir() if any(fnmatch(path.name, p) for p in options["allow_patterns"])]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(fetched)
+    kept_out = ["onnx/config.json", "consolidated.00.safetensors"]
+    assert all(any(fnmatch(name, pattern) for pattern in options["ignore_patterns"]) for name in kept_out)
+    assert not any(fnmatch("pytorch_model.bin", pattern) for pattern in options["allow_patterns"])
+
+
+def test_a_hub_model_of_pickles_is_refused(hub, stories_copy, monkeypatch):
+    (stories_copy / "model.safetensors").rename(stories_copy / "pytorch_model.bin")
+    monkeypatch.setattr("secateur.models.hub.snapshot_download", lambda *_, **__: str(stories_copy))
+    refused("somebody/stories", "pickled weights only|no .safetensors file")
 
 
 def test_an_unknown_dtype(stories):

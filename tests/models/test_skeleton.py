@@ -6,6 +6,7 @@ import torch
 from secateur.errors import ModelError
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.layout import observe
+from secateur.models.load import Place
 from secateur.models.outline import outline
 from secateur.models.skeleton import skeleton
 
@@ -76,3 +77,19 @@ def test_experts_are_found_by_their_shapes(name, moe, input_ids, tmp_path):
 def test_experts_in_a_list_are_refused(listed_moe):
     with pytest.raises(ModelError, match=r"mlp\.experts: experts in a list .* prune can"):
         outline(DecoderAdapter(listed_moe()), 0)
+
+
+def test_of_a_hub_model_config_and_headers_are_fetched(tiny, tmp_path, monkeypatch):
+    from huggingface_hub import parse_local_safetensors_file_metadata as parse_file
+    from huggingface_hub.utils import SafetensorsRepoMetadata
+
+    tiny("llama").save_pretrained(tmp_path)
+    file = parse_file(tmp_path / "model.safetensors")
+    repo = SafetensorsRepoMetadata(None, False, dict.fromkeys(file.tensors, "model.safetensors"), {"model": file})
+    monkeypatch.setattr("secateur.models.hub.get_safetensors_metadata", lambda name, revision: repo)
+    monkeypatch.setattr("secateur.models.skeleton.locate", lambda name: Place(str(tmp_path), {"revision": None}, ""))
+    there, here = skeleton("somebody/llama"), skeleton(str(tmp_path))
+    assert there.file_bytes == sum(tensor.numel() * 4 for tensor in here.model.state_dict().values())
+    file.tensors.pop("model.norm.weight")
+    with pytest.raises(ModelError, match=r"lacks 1 of the model's tensors, such as model\.norm"):
+        skeleton("somebody/llama")

@@ -1,0 +1,31 @@
+"""A model on the Hugging Face hub: its files brought here as a directory like any other, or only its headers.
+
+Everything that is checked of a directory is so checked of a hub model too, and its blocks can be left on disk. Fetched
+are the files at the top of the repository that a decoder and its tokenizer consist of: no pickles, no code, no second
+copy of the weights in another format.
+"""
+
+from pathlib import Path
+
+from huggingface_hub import get_safetensors_metadata, snapshot_download
+
+from secateur.models.headers import Headers
+
+WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+"""Config, weights, chat template, tokenizers."""
+UNWANTED = ["*/*", "consolidated*.safetensors"]
+"""Other formats in folders; the weights once more in their makers' own."""
+
+
+def snapshot(repository: str, revision: str | None) -> Path:
+    """The directory of a hub model, from the cache as far as it is there."""
+    return Path(snapshot_download(repository, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+
+
+def hub_headers(repository: str, revision: str | None) -> tuple[Headers, int]:
+    """Shapes and types of the stored tensors and their bytes, without the files."""
+    headers, size = Headers(), 0
+    for file in get_safetensors_metadata(repository, revision=revision).files_metadata.values():
+        headers |= {name: (tuple(entry.shape), entry.dtype) for name, entry in file.tensors.items()}
+        size += max((entry.data_offsets[1] for entry in file.tensors.values()), default=0)
+    return headers, size
