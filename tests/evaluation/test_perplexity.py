@@ -34,7 +34,7 @@ def test_equals_the_papers_loop(tiny_llama, windows):
 @pytest.mark.parametrize("positions", [1, 7, 23, 256])
 def test_chunks_of_positions_and_batches_change_nothing(tiny_llama, windows, monkeypatch, batch, positions):
     whole = perplexity(tiny_llama, windows, **PROTOCOL)
-    monkeypatch.setattr(module, "POSITIONS", positions)
+    monkeypatch.setattr(module, "PIECE", positions * batch * tiny_llama.config.vocab_size)
     assert perplexity(tiny_llama, windows, batch=batch, **PROTOCOL).ppl == pytest.approx(whole.ppl, rel=1e-5)
 
 
