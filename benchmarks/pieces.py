@@ -2,6 +2,8 @@
 
     python benchmarks/pieces.py solves          every layer solver on the matrices of the whole model, one thread
     python benchmarks/pieces.py load            reading the GGUF file
+    python benchmarks/pieces.py evaluate        perplexity of one window of 2048 tokens, one thread
+    python benchmarks/pieces.py block           one block by SparseGPT and by the default, 16 x 2048 tokens, by stage
     python benchmarks/pieces.py inspect DIR     memory that inspecting DIR takes above what the process began with
     python benchmarks/pieces.py keep            making one finished block and its hidden states durable
     python benchmarks/pieces.py chaos           what rounding noise in the embedding does to masks and perplexity
@@ -29,6 +31,7 @@ from torch import Tensor
 from secateur import PruneConfig, prune
 from secateur.core.pattern import NM, Pattern, Unstructured
 from secateur.core.solvers import ADMM, Magnitude, Solver, SparseGPT, Wanda
+from secateur.core.sparsellm import SparseLLM
 from secateur.data.sources import read_texts
 from secateur.evaluation.inspect import inspect
 from secateur.evaluation.perplexity import evaluate_text
@@ -68,6 +71,27 @@ def loading() -> Lines:
     cpu, clock = time.process_time(), time.perf_counter()
     load("demo")
     yield {"s": time.perf_counter() - clock, "cpu_s": time.process_time() - cpu}
+
+
+def evaluating() -> Lines:
+    torch.set_num_threads(1)
+    dense, text, windows = load("demo"), read_texts(str(WIKITEXT), "evaluation"), 4
+    before = None
+    for count in (1, windows):  # the first one warms up
+        before = resource.getrusage(resource.RUSAGE_SELF)
+        evaluate_text(dense.model, dense.tokenizer, text, seq_len=2048, limit=count, autocast=torch.bfloat16)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    yield {"cpu_s": cpu / windows, "faults": (after.ru_minflt - before.ru_minflt) / windows}
+
+
+def blocks() -> Lines:
+    dense = load("demo")
+    for method in (SparseGPT(), SparseLLM()):
+        config = PruneConfig(method, 0.7, samples=16, blocks="0:2")
+        result = prune(copy.deepcopy(dense.model), config, data=str(CALIBRATION), tokenizer=dense.tokenizer)
+        record = result.records[1]  # block 0 warmed up
+        yield {"method": type(method).__name__, "s": record.seconds, **record.stages}
 
 
 def inspecting(directory: str) -> Lines:
@@ -124,6 +148,8 @@ def profile(directory: str) -> Lines:
 PIECES: dict[str, Callable[..., Lines]] = {
     "solves": solves,
     "load": loading,
+    "evaluate": evaluating,
+    "block": blocks,
     "inspect": inspecting,
     "keep": keeping,
     "chaos": chaos,

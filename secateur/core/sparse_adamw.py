@@ -1,0 +1,242 @@
+"""Adam for matrices that are trained sparse: the arithmetic of one step, for every method, and its schedules.
+
+The dense master weights W live in the optimizer, and what the model computes with is made from them after every step
+(AST, arXiv:2407.20584; design in docs/training.md). The gradient g is that of the loss at the model's weights, so it
+reaches pruned weights too: the straight-through estimator, exactly, with no autograd function. While the mask moves,
+pruned weights decay towards zero, weakly at first and then strongly (annealing), so that a weight that does not prove
+itself stops coming back.
+
+Methods differ in where the decay enters and in what the second moment sees:
+
+    ast     u = m + lambda * pruned * W;  v sees u² (as published: near a minimum sqrt((1 + beta1) / (1 - beta1)),
+            4.4 at 0.9, times the step of Adam at the same rate)
+    ast_g   the same u;  v sees g² (of pruned weights g² + (lambda W)²): for kept weights this is Adam at Adam's rates
+    srste   g + lambda * pruned * W enters both moments (SR-STE, arXiv:2102.04010)
+    cast    the model computes with dense W; m is drawn towards lambda * sign(W) on pruned weights, ever more so, until
+            W is made sparse for the last part (CAST, arXiv:2509.25996, its AdamS; without its learned row scales)
+    fixed   Adam on the kept weights; the mask stays as it was
+    none    Adam; nothing is pruned
+
+The published GPT-2 code decays the wrong weights (bitwise not of an integer mask) and lets them grow; masks are bool.
+
+Functions whose names end in "_" change their state in place, as an optimizer must: a copy of the moments of seven
+billion weights is 56 GB. One step reads g and reads and writes W, m and v: 28 bytes a weight and a few passes.
+
+W, m, v, g: any shape, here that of a matrix (R = out_features, C = in_features). Masks are bool, True = kept.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+class Weights(NamedTuple):
+    """What the optimizer holds of one parameter, in float32. Changed in place."""
+
+    W: Float[Tensor, "..."]
+    """Dense master weights."""
+    m: Float[Tensor, "..."]
+    """First moment."""
+    v: Float[Tensor, "..."]
+    """Second moment."""
+    keep: Bool[Tensor, "..."] | None = None
+    """The mask; None where nothing is pruned."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """The numbers of one step."""
+
+    number: int
+    """From 1."""
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    """Decoupled (AdamW), on all weights."""
+    decay: float = 0.0
+    """lambda of this step: the pull of pruned weights towards zero."""
+    progress: float = 0.0
+    """Steps done as a share of all, CAST's alpha."""
+
+
+Update = Callable[[Weights, Float[Tensor, "..."], Step], None]
+
+
+def adamw_(held: Weights, g: Float[Tensor, "..."], step: Step) -> None:
+    """AdamW (arXiv:1711.05101): none, and parameters without a mask."""
+    held.W.mul_(1 - step.lr * step.weight_decay)
+    held.m.lerp_(g, 1 - step.beta1)
+    _move_(held, held.m, g, step)
+
+
+def fixed_(held: Weights, g: Float[Tensor, "..."], step: Step) -> None:
+    """The same on the kept weights; pruned ones keep value and moments."""
+    adamw_(held, g * _kept(held), step)
+
+
+def ast_(held: Weights, g: Float[Tensor, "..."], step: Step) -> None:
+    """AST as published: the decay is not accumulated in m, and v sees what moves the weights."""
+    held.W.mul_(1 - step.lr * step.weight_decay)
+    held.m.lerp_(g, 1 - step.beta1)
+    u = held.m + step.decay * pruned_part(held)
+    _move_(held, u, u, step)
+
+
+def ast_g_(held: Weights, g: Float[Tensor, "..."], step: Step) -> None:
+    """AST with Adam's own second moment; it sees the decay too, or pruned weights without a gradient would explode."""
+    held.W.mul_(1 - step.lr * step.weight_decay)
+    held.m.lerp_(g, 1 - step.beta1)
+    pull = step.decay * pruned_part(held)
+    _move_(held, held.m + pull, g.hypot(pull), step)
+
+
+def srste_(held: Weights, g: Float[Tensor, "..."], step: Step) -> None:
+    """The decay is a part of the gradient."""
+    adamw_(held, g + step.decay * pruned_part(held), step)
+
+
+def cast_(held: Weights, g: Float[Tensor, "..."], step: Step) -> None:
+    """AdamS: (1 - alpha) m + alpha lambda sign(W) on pruned weights, with alpha the progress; v sees it."""
+    held.W.mul_(1 - step.lr * step.weight_decay)
+    held.m.lerp_(g, 1 - step.beta1)
+    drawn = torch.lerp(held.m, step.decay * held.W.sign(), step.progress)
+    u = torch.where(_kept(held), held.m, drawn)
+    _move_(held, u, u, step)
+
+
+UPDATES: dict[str, Update] = {
+    "ast": ast_,
+    "ast_g": ast_g_,
+    "srste": srste_,
+    "cast": cast_,
+    "fixed": fixed_,
+    "none": adamw_,
+}
+
+
+def pruned_part(held: Weights) -> Float[Tensor, "..."]:
+    """W where it is pruned, 0 where it is kept."""
+    return torch.where(_kept(held), 0.0, held.W)
+
+
+def masked(held: Weights) -> Float[Tensor, "..."]:
+    """W where it is kept, +0.0 where it is pruned (a product with the mask would leave -0.0)."""
+    return torch.where(_kept(held), held.W, 0.0)
+
+
+def _kept(held: Weights) -> Bool[Tensor, "..."]:
+    if held.keep is None:
+        raise ValueError("this update needs a mask; use adamw_ for parameters that are not pruned")
+    return held.keep
+
+
+def _move_(held: Weights, u: Float[Tensor, "..."], seen: Float[Tensor, "..."], step: Step) -> None:
+    """v takes in ``seen``²; W goes lr u / (sqrt(v) + eps), both corrected for their start at zero."""
+    held.v.mul_(step.beta2).addcmul_(seen, seen, value=1 - step.beta2)
+    root = held.v.sqrt().div_(math.sqrt(1 - step.beta2**step.number)).add_(step.eps)
+    held.W.addcdiv_(u, root, value=-step.lr / (1 - step.beta1**step.number))
+
+
+# ------------------------------------------------------------------------------------------------------------ schedules
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When what happens in a training of ``steps`` optimizer steps. Shares are of all steps."""
+
+    steps: int
+    refresh: int = 10
+    """Steps between two choices of the mask."""
+    anneal: float = 0.25
+    """Share in which the decay rises from zero, linearly; then it stays."""
+    sparsify: float = 0.0
+    """Share in which the sparsity rises cubically to the pattern's own; 0 is at once. N:M is at once always."""
+    freeze: float = 0.8
+    """Share after which the mask stays; CAST's dense weights become sparse there."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.refresh < 1:
+            raise ValueError(f"steps and refresh must be at least 1, got {self.steps} and {self.refresh}")
+        for name in ("anneal", "sparsify", "freeze"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share of all steps, in [0, 1]; got {getattr(self, name)}")
+        if self.sparsify > self.freeze:
+            raise ValueError(f"sparsify ({self.sparsify}) must end before the mask is frozen ({self.freeze})")
+
+    def annealed(self, number: int) -> float:
+        """Share of the full decay in step ``number`` (from 1): AST's Eq. 3."""
+        return min(1.0, number / (self.anneal * self.steps)) if self.anneal else 1.0
+
+    def progress(self, number: int) -> float:
+        return min(1.0, number / self.steps)
+
+    def refreshes(self, number: int) -> bool:
+        """Whether the mask is chosen anew after step ``number``; the last time when it is about to be frozen."""
+        last = int(self.freeze * self.steps)
+        return number == last or (number < last and number % self.refresh == 0)
+
+    def frozen(self, number: int) -> bool:
+        """Whether the mask of step ``number`` is the final one."""
+        return number > int(self.freeze * self.steps)
+
+    def sparsity_reached(self, number: int) -> float:
+        """How far along its rise the sparsity is, for ``pattern.ramped``; 1 where it has arrived."""
+        return min(1.0, number / max(1, int(self.sparsify * self.steps))) if self.sparsify else 1.0
+
+
+@dataclass(frozen=True)
+class Absolute:
+    """The decay as published: one number for all matrices."""
+
+    value: float
+    """lambda. AST used 1e-4 for GPT-2 and 6e-5 for Llama-2-7B, at their scales of loss and weights."""
+
+    def of(self, held: Weights) -> float:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Relative:
+    """lambda = c rms(m) / rms(W) of each matrix: the pull on an average pruned weight is c times an average gradient's.
+
+    Free of the scale of loss and weights. Too small lets masks oscillate, too large does little harm.
+    """
+
+    c: float = 3.0
+    """The published absolute values come to 1 to 3."""
+
+    def of(self, held: Weights) -> float:
+        size = float(held.W.norm())
+        return self.c * float(held.m.norm()) / size if size > 0 else 0.0
+
+
+Decay = Absolute | Relative
+
+
+def flipped(before: Bool[Tensor, "..."], after: Bool[Tensor, "..."]) -> float:
+    """Share of the mask that changed."""
+    return float((before != after).double().mean())
+
+
+# -------------------------------------------------------------------------------------------------------------- metrics
+
+
+def by_magnitude(held: Weights, step: Step) -> Float[Tensor, "..."]:
+    """|W|: what AST found best."""
+    return held.W.abs()
+
+
+def by_fisher(held: Weights, step: Step) -> Float[Tensor, "..."]:
+    """W² v: what the loss loses to second order with the diagonal Fisher matrix as the Hessian (ELSA's weight)."""
+    return held.W.square() * held.v
+
+
+Metric = Callable[[Weights, Step], Float[Tensor, "..."]]
+METRICS: dict[str, Metric] = {"magnitude": by_magnitude, "fisher": by_fisher}
