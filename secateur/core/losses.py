@@ -1,0 +1,167 @@
+"""Distillation losses through the output head, a few tokens at a time.
+
+Logits of T tokens over a vocabulary of V are the largest tensors of a training step: at V = 128,256 and T = 8,192 the
+student's, the teacher's and their gradients take 17 GB in float32. Here the heads are applied to ``chunk`` tokens at a
+time, in forward and, computed once more, in backward, so that memory is chunk * V and does not grow with T; the extra
+cost is one product with each head.
+
+    L = alpha T² KL(teacher | student) at temperature T + (1 - alpha) cross entropy     (AST, arXiv:2407.20584, Eq. 4)
+
+T² keeps the gradient's size when T changes (Hinton et al., arXiv:1503.02531); the published formula has no temperature,
+the published code has T = 2 and the factor 4.
+
+T = tokens, D = hidden size, V = vocabulary, k = teacher logits that a cache kept. Sums are over tokens with a target.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+IGNORED = -100
+"""Target of a token that has none: padding, the last of a row."""
+
+Divergence = Callable[[Float[Tensor, "T V"], Float[Tensor, "T V"]], Float[Tensor, " T"]]
+"""(Log probabilities of the student, of the teacher) -> divergence of every token, in nats."""
+
+
+def forward_kl(student: Float[Tensor, "T V"], teacher: Float[Tensor, "T V"]) -> Float[Tensor, " T"]:
+    """KL(teacher | student): the student must put mass wherever the teacher does."""
+    return (teacher.exp() * (teacher - student)).sum(dim=-1)
+
+
+def reverse_kl(student: Float[Tensor, "T V"], teacher: Float[Tensor, "T V"]) -> Float[Tensor, " T"]:
+    """KL(student | teacher): the student may drop what it cannot imitate (MiniLLM, arXiv:2306.08543)."""
+    return forward_kl(teacher, student)
+
+
+def jensen_shannon(student: Float[Tensor, "T V"], teacher: Float[Tensor, "T V"]) -> Float[Tensor, " T"]:
+    """The mean of both against their mixture: symmetric, at most ln 2."""
+    mixture = torch.logaddexp(student, teacher) - torch.log(torch.tensor(2.0))
+    return (forward_kl(mixture, teacher) + forward_kl(mixture, student)) / 2
+
+
+DIVERGENCES: dict[str, Divergence] = {"forward": forward_kl, "reverse": reverse_kl, "jensen-shannon": jensen_shannon}
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What is learnt from the teacher and what from the text."""
+
+    alpha: float = 0.67
+    """Share of the divergence, in [0, 1]; the rest is cross entropy with the text."""
+    temperature: float = 2.0
+    """Of both distributions; above 1 the teacher's less likely tokens count for more."""
+    divergence: str = "forward"
+    """A key of ``DIVERGENCES``."""
+    chunk: int = 1024
+    """Tokens whose logits exist at one time."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1 or self.temperature <= 0 or self.chunk < 1:
+            raise ValueError(
+                "wanted alpha in [0, 1], temperature > 0, chunk >= 1; "
+                f"got {self.alpha}, {self.temperature}, {self.chunk}"
+            )
+        if self.divergence not in DIVERGENCES:
+            raise ValueError(f"divergence {self.divergence!r} is unknown; use one of {', '.join(DIVERGENCES)}")
+
+
+class Losses(NamedTuple):
+    """Means over the tokens that have a target; ``total`` carries the gradient."""
+
+    total: Float[Tensor, ""]
+    divergence: Float[Tensor, ""]
+    """Without alpha and T²."""
+    cross_entropy: Float[Tensor, ""]
+    tokens: int
+
+
+Head = Callable[[Float[Tensor, "T D"]], Float[Tensor, "T V"]]
+"""Logits of some tokens: the model's output projection, with its bias, scale or cap where it has one."""
+Taught = Callable[[int, int], Float[Tensor, "T V"]]
+"""Logits of the teacher for the tokens from one number to another; asked for in forward and again in backward."""
+
+
+def distill(
+    hidden: Float[Tensor, "T D"], head: Head, targets: Int[Tensor, " T"], taught: Taught, options: Distillation
+) -> Losses:
+    """The loss of T tokens, chunk by chunk; gradients reach ``hidden`` and the head's parameters."""
+    mixed, apart, crossed = hidden.new_zeros((), dtype=torch.float32), [], []
+    count = int((targets != IGNORED).sum())
+    for start in range(0, len(hidden), options.chunk):
+        stop = min(start + options.chunk, len(hidden))
+        given = (hidden[start:stop], head, targets[start:stop], partial(taught, start, stop), options)
+        divergence, entropy = checkpoint(_sums, *given, use_reentrant=False)  # pyright: ignore[reportGeneralTypeIssues]
+        mixed = mixed + options.alpha * options.temperature**2 * divergence + (1 - options.alpha) * entropy
+        apart.append(divergence.detach())
+        crossed.append(entropy.detach())
+    n = max(count, 1)
+    return Losses(mixed / n, torch.stack(apart).sum() / n, torch.stack(crossed).sum() / n, count)
+
+
+def _sums(
+    hidden: Float[Tensor, "T D"],
+    head: Head,
+    targets: Int[Tensor, " T"],
+    taught: Callable[[], Float[Tensor, "T V"]],
+    options: Distillation,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """(Divergence at the temperature, cross entropy at 1) of one chunk, summed over tokens with a target."""
+    logits = head(hidden).float()
+    entropy = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    with torch.no_grad():
+        teacher = _log_p(taught().float(), options.temperature)
+    apart = DIVERGENCES[options.divergence](_log_p(logits, options.temperature), teacher)
+    return (apart * (targets != IGNORED)).sum(), entropy
+
+
+def _log_p(logits: Float[Tensor, "T V"], temperature: float) -> Float[Tensor, "T V"]:
+    return F.log_softmax(logits / temperature, dim=-1)
+
+
+# ----------------------------------------------------------------------------------------------------- a cached teacher
+
+
+class TopK(NamedTuple):
+    """What a cache keeps of the teacher's distribution at one temperature: k of V log probabilities."""
+
+    log_p: Float[Tensor, "T k"]
+    tokens: Int[Tensor, "T k"]
+
+    @classmethod
+    def of(cls, logits: Float[Tensor, "T V"], k: int, temperature: float) -> "TopK":
+        return cls(*_log_p(logits.float(), temperature).topk(k, dim=-1))
+
+
+def tail_kl(student: Float[Tensor, "T V"], teacher: TopK, temperature: float) -> Float[Tensor, " T"]:
+    """Forward KL over the k kept tokens and one bucket that holds all others: a divergence of two distributions.
+
+    Never above the full one, and 0 where the kept probabilities agree. Without the bucket the student could lower it
+    by moving mass to tokens that were not kept.
+    """
+    q = _log_p(student.float(), temperature)
+    kept = q.gather(-1, teacher.tokens)
+    p, q = _with_bucket(teacher.log_p), _with_bucket(kept)
+    return (p.exp() * (p - q)).sum(dim=-1)
+
+
+def _with_bucket(log_p: Float[Tensor, "T k"]) -> Float[Tensor, "T k1"]:
+    """The log probability of everything else as one more column, bounded away from log 0."""
+    rest = (1 - log_p.exp().sum(dim=-1, keepdim=True)).clamp_min(1e-7)
+    return torch.cat([log_p, rest.log()], dim=-1)
+
+
+def shifted(ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B S"] | None = None) -> Int[Tensor, "B S"]:
+    """The next token of every token; IGNORED for the last of a row and wherever ``mask`` is False."""
+    targets = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], dim=1)
+    if mask is None:
+        return targets
+    following = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+    return torch.where(following & mask, targets, IGNORED)
