@@ -28,7 +28,7 @@ from secateur.models.load import Loaded
 from secateur.models.offload import stays_on_disk
 from secateur.models.outline import Outline, outline
 from secateur.models.skeleton import skeleton
-from secateur.pruning.cost import BlockShape, Cost, Routed, Run, Shared, forward
+from secateur.pruning.cost import FLOAT32, BlockShape, Cost, Routed, Run, Shared, forward
 from secateur.pruning.cost_sparsellm import block_stages
 from secateur.pruning.footprint import footprint
 from secateur.pruning.rates import HEAD, Probe, Rates, measure
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 GGUF_PARSE_BYTES = 8e6
 """Bytes of a GGUF file that are parsed a second: its vocabulary, in pure Python, and the dequantization."""
+GGUF_COPIES = 2
+"""Of a tensor in float32 while it is dequantized, besides the one that the model gets."""
 NOTES = (
     "roles of the linears are taken from shapes and order; the FFN's form is verified when pruning begins",
     "time without reading and tokenizing the text; rounds of closed mode may end early",
@@ -102,6 +104,14 @@ class Subject:
     @property
     def bytes(self) -> int:
         return self.parameters * self.dtype.itemsize
+
+    @property
+    def unpacking(self) -> int:
+        """Bytes that reading a GGUF file takes besides the model: the file, and copies of its largest tensor."""
+        if not self.gguf:
+            return 0
+        largest = max(p.numel() for p in self.adapter.model.parameters())
+        return (self.file_bytes or 0) + GGUF_COPIES * largest * FLOAT32
 
     @property
     def outside_blocks(self) -> int:
@@ -309,7 +319,7 @@ def memory(
     near = {name: size for name, size in named.items() if name != "block" or lazy} if config.device == "cpu" else {}
     host |= {"hidden": kept, **near}
     device = {} if config.device == "cpu" else named
-    loading = sum(list(host.values())[:2]) + (subject.file_bytes or 0 if subject.gguf else 0)
+    loading = sum(list(host.values())[:2]) + subject.unpacking
     disk = {
         "model": float(subject.bytes),
         "finished blocks": float(weights * subject.dtype.itemsize),
