@@ -1,0 +1,68 @@
+"""A low-rank branch beside a pruned matrix: y = x Wᵀ + (x Xᵀ) Sᵀ, with W sparse, S of R x r, X of r x C.
+
+Two ways to begin. ``group_mean`` is SLoRB's (AST, arXiv:2407.20584): X sums groups of k consecutive inputs and is a
+constant, S holds the means of what was pruned from each group, which keeps every group's sum of weights; it is to be
+trained. ``weighted_fit`` needs no training: the best branch of its rank for the inputs that were seen (EoRA,
+arXiv:2410.21271), a truncated singular value decomposition of the lost weights in the metric of H.
+
+Neither can be folded into a sparse W. ``Branch.share`` says what it costs: at rank C / 16 and 2:4 a quarter as many
+numbers as survive in a square W.
+
+R = out_features, C = in_features, r = rank. Masks are bool, True = kept.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from secateur.core.linalg import cholesky
+
+
+class Branch(NamedTuple):
+    """The two factors."""
+
+    S: Float[Tensor, "R r"]
+    X: Float[Tensor, "r C"]
+
+    @property
+    def product(self) -> Float[Tensor, "R C"]:
+        """What the branch adds to W."""
+        return self.S @ self.X
+
+    @property
+    def size(self) -> int:
+        """Numbers that are stored."""
+        return self.S.numel() + self.X.numel()
+
+    def share(self, mask: Bool[Tensor, "R C"]) -> float:
+        """Its numbers as a share of the weights that survive."""
+        return self.size / max(int(mask.sum()), 1)
+
+
+def group_mean(W: Float[Tensor, "R C"], mask: Bool[Tensor, "R C"], k: int) -> Branch:
+    """SLoRB's start: X_ij = 1 for the k inputs j of group i, S_ni the mean of row n's pruned weights in group i.
+
+    S X is the least-squares fit of the pruned weights for that X. Raises ValueError where k does not divide C.
+    """
+    R, C = W.shape
+    if k < 1 or C % k:
+        raise ValueError(f"groups of k inputs need k to divide in_features, got k = {k} and {C}; choose a divisor")
+    S = torch.where(mask, 0.0, W).view(R, C // k, k).mean(dim=2)
+    return Branch(S, torch.eye(C // k, device=W.device, dtype=W.dtype).repeat_interleave(k, dim=1))
+
+
+def weighted_fit(lost: Float[Tensor, "R C"], H: Float[Tensor, "C C"], rank: int, damp: float = 0.01) -> Branch:
+    """argmin over rank r of tr((lost - S X) H' (lost - S X)ᵀ), H' = H + damp mean(diag H) I; lost = W0 - W.
+
+    With H' = L Lᵀ that is |(lost - S X) L|², so S X L is the truncated SVD of lost L (Eckart and Young). Raises
+    ValueError for a rank that lost cannot have. Cost: C³ / 3 + R C² and an SVD of R x C.
+    """
+    most = min(lost.shape)
+    if not 1 <= rank <= most:
+        raise ValueError(f"the rank must lie in 1..{most} for a matrix of {tuple(lost.shape)}, got {rank}")
+    L = cholesky(H, damp).L
+    U, sigma, Vt = torch.linalg.svd(lost @ L, full_matrices=False)
+    X = torch.linalg.solve_triangular(L, Vt[:rank], upper=False, left=False)
+    return Branch(U[:, :rank] * sigma[:rank], X)
