@@ -28,11 +28,12 @@ from secateur.models.load import Loaded
 from secateur.models.offload import stays_on_disk
 from secateur.models.outline import Outline, outline
 from secateur.models.skeleton import skeleton
-from secateur.pruning.cost import FLOAT32, BlockShape, Cost, Routed, Run, Shared, forward
+from secateur.pruning.cost import FLOAT32, Cost, forward
 from secateur.pruning.cost_sparsellm import block_stages
 from secateur.pruning.footprint import footprint
 from secateur.pruning.rates import HEAD, Probe, Rates, measure
 from secateur.pruning.selection import Selection, linear_shapes
+from secateur.pruning.shapes import BlockShape, Routed, Run, Shared
 from secateur.pruning.work import check_whole
 from secateur.report.progress import Progress, Silent
 from secateur.report.runtimes import ALTERNATIVES, bits_per_weight, runtimes_for, warnings_for

@@ -11,11 +11,7 @@ from secateur.core.solvers import Solver
 from secateur.core.sparsellm import SparseLLM
 from secateur.pruning.cost import (
     FLOAT32,
-    BlockShape,
     Cost,
-    Routed,
-    Run,
-    Shared,
     attention_part,
     cross,
     elementwise,
@@ -32,6 +28,7 @@ from secateur.pruning.cost import (
     solve,
 )
 from secateur.pruning.experts import FIT_TOKENS_PER_INPUT
+from secateur.pruning.shapes import BlockShape, Routed, Run, Shared
 from secateur.pruning.work import PROBE_TOKENS
 
 

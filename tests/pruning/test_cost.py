@@ -11,13 +11,14 @@ from secateur.core.pattern import NM, Block, Unstructured
 from secateur.core.solvers import ADMM, Magnitude, SparseGPT, Wanda
 from secateur.core.sparsellm import SparseLLM
 from secateur.models.adapter import DecoderAdapter
-from secateur.pruning.cost import BlockShape, Cost, Routed, Run, Shared, admm, fit, forward, gram, observe, sparsegpt
+from secateur.pruning.cost import Cost, admm, fit, forward, gram, observe, sparsegpt
 from secateur.pruning.cost_sparsellm import block_stages
 from secateur.pruning.footprint import footprint
 from secateur.pruning.hidden import Budget
 from secateur.pruning.oneshot import RunOptions, prune_blocks
 from secateur.pruning.rates import Probe, measure
 from secateur.pruning.selection import select
+from secateur.pruning.shapes import BlockShape, Routed, Run, Shared
 
 SMOLLM2 = BlockShape(
     (Shared(960, 576, 960),), Shared(576, 576, 576), Shared(3072, 576, 3072), Shared(576, 1536, 576)
