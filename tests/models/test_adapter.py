@@ -6,7 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import ModelError
-from secateur.models.adapter import DecoderAdapter
+from secateur.models.adapter import Call, DecoderAdapter
 
 BLOCKS = {
     "llama": "model.layers",
@@ -71,7 +71,11 @@ def test_a_call_moves_to_a_device_with_everything_in_it(tiny):
     call = DecoderAdapter(tiny("llama")).calls(1, 8)[0].to("meta")
     cos, sin = call.kwargs["position_embeddings"]
     assert cos.device.type == sin.device.type == "meta"
-    assert call.kwargs["past_key_values"] is None
+    mixed = Call((torch.zeros(2), None), {"mask": None, "rotary": (torch.zeros(1), 3)}).to("meta")
+    assert mixed.args[0].is_meta
+    assert mixed.args[1] is mixed.kwargs["mask"] is None
+    assert mixed.kwargs["rotary"][0].is_meta
+    assert mixed.kwargs["rotary"][1] == 3
 
 
 def test_the_model_is_left_as_it_was(tiny, input_ids):
