@@ -222,14 +222,36 @@ def update_auxiliary(
     old: Auxiliary,
     penalties: Penalties,
     gate_step: Callable[..., Tensor],
+    slice: int,
 ) -> Auxiliary:
-    """z by its closed form (Newton for a plain FFN whose phi is not ReLU), then s of a gated one."""
+    """z by its closed form (Newton for a plain FFN whose phi is not ReLU), then s of a gated one.
+
+    ``slice`` tokens at a time: dozens of elementwise passes, which then stay in the cache.
+    """
+    parts = []
+    for i in range(0, len(p), slice):
+        now, before = (
+            Auxiliary(aux.z[i : i + slice], None if aux.s is None else aux.s[i : i + slice]) for aux in (realised, old)
+        )
+        parts.append(_updated(ffn.activation, now, p[i : i + slice], before, penalties, gate_step))
+    s = None if realised.s is None else torch.cat([part.s for part in parts])
+    return Auxiliary(torch.cat([part.z for part in parts]), s)
+
+
+def _updated(
+    activation: Activation,
+    realised: Auxiliary,
+    p: Float[Tensor, "T K"],
+    old: Auxiliary,
+    penalties: Penalties,
+    gate_step: Callable[..., Tensor],
+) -> Auxiliary:
     if realised.s is None or old.s is None:
-        if ffn.activation.name == "relu":
+        if activation.name == "relu":
             return Auxiliary(relu_step(realised.z, p, penalties), None)
-        return Auxiliary(newton_step(realised.z, p, 1.0, old.z, ffn.activation, penalties), None)
-    z = up_step(realised.z, ffn.activation.f(old.s), p, penalties)
-    return Auxiliary(z, gate_step(realised.s, p, z, old.s, ffn.activation, penalties))
+        return Auxiliary(newton_step(realised.z, p, 1.0, old.z, activation, penalties), None)
+    z = up_step(realised.z, activation.f(old.s), p, penalties)
+    return Auxiliary(z, gate_step(realised.s, p, z, old.s, activation, penalties))
 
 
 def anchored_step(

@@ -346,7 +346,7 @@ def update_tokens(
     for (X, Y), old in zip(tokens, carried, strict=True):
         realised, Y = pre_activations(ffn, X), ffn.down.without_bias(Y)
         p = step(activated(ffn, old), Y)
-        new = update_auxiliary(ffn, realised, p, old, options.penalties, gate_step)
+        new = update_auxiliary(ffn, realised, p, old, options.penalties, gate_step, SLICE)
         updated.append(new)
         gram.update(p)
         down.update(Y - p @ dense.down.W.T, p)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from secateur.core.activations import ACTIVATIONS
+from secateur.core.activations import ACTIVATIONS, activation
 from secateur.core.feedforward import (
     ActivationStep,
     Affine,
@@ -20,6 +20,7 @@ from secateur.core.feedforward import (
     relu_step,
     stacked,
     up_step,
+    update_auxiliary,
 )
 
 PENALTIES = [Penalties(1.0, 1.0, 1.0), Penalties(0.1, 5.0, 1.0), Penalties(100.0, 0.1, 10.0)]
@@ -157,3 +158,20 @@ def test_anchored_step_of_relu_is_its_exact_step():
 def unstacked(values, gated):
     s, z = values.split(12, dim=1) if gated else (None, values)
     return Auxiliary(z, s)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("name", ["relu", "silu"])
+def test_a_slice_of_tokens_at_a_time_is_all_of_them(name, gated):
+    def matrix(*shape, seed):
+        return Affine(random(*shape, seed=seed), None)
+
+    gate = matrix(16, 6, seed=3) if gated else None
+    ffn = FeedForward(matrix(16, 6, seed=1), matrix(6, 16, seed=2), gate, activation(name))
+    realised, target = pre_activations(ffn, random(37, 6)), random(37, 16, seed=4)
+    whole, sliced = (
+        update_auxiliary(ffn, realised, target, realised, PENALTIES[1], newton_step, slice=n) for n in (1000, 8)
+    )
+    torch.testing.assert_close(sliced.z, whole.z)
+    assert (sliced.s is None) == (whole.s is None) == (not gated)
+    torch.testing.assert_close(sliced.s, whole.s)
