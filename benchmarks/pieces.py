@@ -76,7 +76,7 @@ def loading() -> Lines:
 def evaluating() -> Lines:
     torch.set_num_threads(1)
     dense, text, windows = load("demo"), read_texts(str(WIKITEXT), "evaluation"), 4
-    before = None
+    before = resource.getrusage(resource.RUSAGE_SELF)
     for count in (1, windows):  # the first one warms up
         before = resource.getrusage(resource.RUSAGE_SELF)
         evaluate_text(dense.model, dense.tokenizer, text, seq_len=2048, limit=count, autocast=torch.bfloat16)
