@@ -36,8 +36,8 @@ from secateur.data.sources import read_texts
 from secateur.evaluation.inspect import inspect
 from secateur.evaluation.perplexity import evaluate_text
 from secateur.models.adapter import DecoderAdapter
+from secateur.models.durable import durable
 from secateur.models.load import load
-from secateur.pruning.workdir import durable
 
 DATA = Path(os.environ.get("SECATEUR_DATA") or Path(__file__).parents[2] / "shared" / "data")
 CALIBRATION, WIKITEXT = DATA / "calib" / "c4_en_train_1200.jsonl", DATA / "ppl" / "wikitext2_raw_test.txt"

@@ -12,20 +12,23 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from secateur.api import evaluate, prune
+    from secateur.api import evaluate, prune, train
     from secateur.config import PruneConfig
     from secateur.planning import PlanReport, plan
+    from secateur.train_config import TrainConfig
 
     __version__: str
 
-__all__ = ["PlanReport", "PruneConfig", "__version__", "evaluate", "plan", "prune"]
+__all__ = ["PlanReport", "PruneConfig", "TrainConfig", "__version__", "evaluate", "plan", "prune", "train"]
 
 _HOMES = {
     "PruneConfig": "secateur.config",
     "PlanReport": "secateur.planning",
+    "TrainConfig": "secateur.train_config",
     "evaluate": "secateur.api",
     "plan": "secateur.planning",
     "prune": "secateur.api",
+    "train": "secateur.api",
 }
 
 

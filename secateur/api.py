@@ -1,4 +1,4 @@
-"""Secateur from Python: ``prune`` and ``evaluate``, the two verbs that the command line is a thin skin of.
+"""Secateur from Python: ``prune``, ``train`` and ``evaluate``, the verbs that the command line is a thin skin of.
 
     result = prune("HuggingFaceTB/SmolLM2-135M-Instruct", PruneConfig(sparsity=0.5), data="c4", out="smaller")
     result.model, result.records, result.report
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from secateur.runs import Source
+    from secateur.train_config import TrainConfig
+    from secateur.train_runs import TrainResult
 
 
 def prune(
@@ -68,6 +70,34 @@ def prune(
 def _reopened(out: Path, report: dict[str, Any], watch: Stopwatch) -> PruneResult:
     loaded = open_model(out, None, "auto", watch)
     return PruneResult(loaded.model, loaded.tokenizer, read_records(out / "secateur"), report)
+
+
+# ---- training
+
+
+def train(
+    student: "str | os.PathLike[str] | Loaded",
+    config: "TrainConfig",
+    *,
+    teacher: "str | os.PathLike[str] | Loaded | None" = None,
+    out: str | os.PathLike[str],
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> "TrainResult":
+    """Train a model sparse by distilling a teacher: by default what the student was pruned from, or the student itself.
+
+    ``out`` is a directory that does not exist yet or that an earlier run wrote; ``resume`` goes on with a run to it
+    that was stopped. A student that is given loaded is changed in place.
+    """
+    from secateur.train_runs import TrainRun
+
+    place = Path(os.path.abspath(Path(out).expanduser()))
+    refuse_occupied(place, overwrite=True)
+    run = TrainRun.prepare(student, teacher, config, Stopwatch(progress))
+    if resume and (report := finished_report(place / "secateur", run.identity)) is not None:
+        run.watch.progress.stage(f"{place} is complete: nothing was left to do")
+        return run.reopened(place, report)
+    return run.into(place, resume)
 
 
 # ---- evaluation

@@ -83,10 +83,9 @@ class PruneConfig:
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
-        if self.blocks not in ("all", "first-half") and not _BLOCKS.fullmatch(self.blocks):
-            raise ValueError(f"blocks must be 'all', 'first-half' or 'A:B' like 0:15, got {self.blocks!r}")
+        check_blocks(self.blocks)
         for name in EXPRESSIONS:
-            _check_expressions(name, getattr(self, name))
+            check_expressions(name, getattr(self, name))
 
     @property
     def target(self) -> Pattern:
@@ -94,13 +93,8 @@ class PruneConfig:
         return make_pattern(self.pattern, self.sparsity)
 
     def block_range(self, total: int) -> range:
-        """The chosen blocks of a model that has ``total``; first-half of an odd number leaves the middle one out."""
-        if found := _BLOCKS.fullmatch(self.blocks):
-            start, stop = int(found[1]), int(found[2])
-            if not start < stop <= total:
-                raise UsageError(f"blocks {self.blocks} do not lie in this model; it has {total}, so at most 0:{total}")
-            return range(start, stop)
-        return range(total if self.blocks == "all" else total // 2)
+        """The chosen blocks of a model that has ``total``."""
+        return chosen_blocks(self.blocks, total)
 
     def to_dict(self) -> dict[str, Any]:
         """The form of a recipe file."""
@@ -109,7 +103,23 @@ class PruneConfig:
         return {**values, **lists, "method": method_to_dict(self.method)}
 
 
-def _check_expressions(name: str, expressions: tuple[str, ...]) -> None:
+def check_blocks(blocks: str) -> None:
+    """ValueError for what names no blocks."""
+    if blocks not in ("all", "first-half") and not _BLOCKS.fullmatch(blocks):
+        raise ValueError(f"blocks must be 'all', 'first-half' or 'A:B' like 0:15, got {blocks!r}")
+
+
+def chosen_blocks(blocks: str, total: int) -> range:
+    """The blocks meant, of a model that has ``total``; first-half of an odd number leaves the middle one out."""
+    if found := _BLOCKS.fullmatch(blocks):
+        start, stop = int(found[1]), int(found[2])
+        if not start < stop <= total:
+            raise UsageError(f"blocks {blocks} do not lie in this model; it has {total}, so at most 0:{total}")
+        return range(start, stop)
+    return range(total if blocks == "all" else total // 2)
+
+
+def check_expressions(name: str, expressions: tuple[str, ...]) -> None:
     """ValueError for what is no tuple of regular expressions."""
     if isinstance(expressions, str):
         raise ValueError(f"{name} wants a tuple of regular expressions, got the string {expressions!r}; add a comma")
@@ -137,7 +147,7 @@ def method_from_dict(data: Any, where: str = "method", default: Method = DEFAULT
     inside = {f.name: f.default for f in fields(METHODS[name]) if isinstance(f.default, Method)}
     for key in inside.keys() & options.keys():
         options[key] = method_from_dict(options[key], f"{where}.{key}", inside[key])
-    return _build(METHODS[name], options, where)
+    return build(METHODS[name], options, where)
 
 
 def config_from_dict(data: Mapping[str, Any]) -> PruneConfig:
@@ -146,13 +156,13 @@ def config_from_dict(data: Mapping[str, Any]) -> PruneConfig:
     if "method" in values:
         values["method"] = method_from_dict(values["method"])
     values |= {name: [values[name]] for name in EXPRESSIONS if isinstance(values.get(name), str)}
-    return _build(PruneConfig, values, "")
+    return build(PruneConfig, values, "")
 
 
-def _build(cls: type, values: dict[str, Any], where: str) -> Any:
+def build(cls: type, values: Any, where: str) -> Any:
     """An instance of a dataclass with unknown keys refused and values checked and converted by pydantic."""
     known = [f.name for f in fields(cls)]
-    for key in values:
+    for key in _mapping(values, where):
         if key not in known:
             path = f"{where}.{key}" if where else key
             raise UsageError(f"unknown recipe key {path!r}{_nearest(str(key), known)}; known: {', '.join(known)}")
@@ -221,9 +231,9 @@ def load_recipe(path: Path) -> dict[str, Any]:
     return dict(_mapping(_parse_yaml(text, f"the recipe {path}"), f"the recipe {path}"))
 
 
-def dump_recipe(model: str, config: PruneConfig) -> str:
-    """A recipe file's text; ``load_recipe`` reads it back to the same config."""
-    return yaml.dump({"model": model, **config.to_dict()}, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+def dump_recipe(recipe: Mapping[str, Any]) -> str:
+    """A recipe file's text; ``load_recipe`` reads it back to the same mapping."""
+    return yaml.dump(dict(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def apply_sets(data: dict[str, Any], sets: Iterable[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from secateur.config import Device, Dtype, Precision, PruneConfig, config_from_dict
+from secateur.config import Device, Dtype, Precision, PruneConfig, config_from_dict, dump_recipe
 from secateur.core.plan import Plan
 from secateur.data.sources import Texts, read_texts
 from secateur.data.tokens import check_seq_len, sample_windows, tokenize
@@ -32,6 +32,7 @@ from secateur.pruning.work import PROBE_TOKENS
 from secateur.pruning.workdir import Workdir, opened
 from secateur.report.artefact import promises_of, write_artefact, write_report
 from secateur.report.facts import Stopwatch, peak_memory, versions
+from secateur.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -164,15 +165,14 @@ class Run:
         return records
 
     def save(self, folder: Path, records: list[BlockRecord]) -> None:
-        source, promises = _lasting(self.loaded.source), promises_of(self.loaded.model, self.plan)
+        source, promises = lasting(self.loaded.source), promises_of(self.loaded.model, self.plan)
         with self.watch.stage("save"):
             save(self.loaded.model, self.loaded.tokenizer, folder)
             write_artefact(
                 folder / "secateur",
-                source=source,
-                config=self.config,
+                recipe=dump_recipe({"model": source, **self.config.to_dict()}),
                 identity=self.identity,
-                records=records,
+                records=[record.to_dict() for record in records],
                 promises=promises,
             )
         with self.watch.stage("inspect", "check what was saved"):
@@ -231,7 +231,7 @@ def with_text_needed(config: PruneConfig) -> PruneConfig:
     return replace(config, data="embedded", samples=1, seq_len=min(config.seq_len, PROBE_TOKENS))
 
 
-def select_linears(adapter: DecoderAdapter, config: PruneConfig) -> Selection:
+def select_linears(adapter: DecoderAdapter, config: PruneConfig | TrainConfig) -> Selection:
     """What the config plans of this model; UsageError where it does not fit."""
     blocks = config.block_range(len(adapter.blocks))
     try:
@@ -245,10 +245,10 @@ def _settled(config: PruneConfig, loaded: Loaded, device: str, total: int) -> Pr
     blocks = config.block_range(total)
     dtype, precision = str(loaded.model.dtype).removeprefix("torch."), resolve_precision(config.precision, device)
     fields = {"device": device, "dtype": dtype, "precision": precision, "blocks": f"{blocks.start}:{blocks.stop}"}
-    return config_from_dict({**config.to_dict(), **fields, "data": _lasting(config.data)})
+    return config_from_dict({**config.to_dict(), **fields, "data": lasting(config.data)})
 
 
-def _lasting(source: str) -> str:
+def lasting(source: str) -> str:
     """A model or text that is named by a path, named so that it is found from any directory."""
     path = Path(source).expanduser()
     return str(path.resolve()) if source not in BUILT_IN and path.exists() else source

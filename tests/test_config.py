@@ -31,7 +31,7 @@ CONFIGS = [
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: type(c.method).__name__)
 def test_a_dumped_recipe_reads_back_as_the_same_config(config, tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text(dump_recipe("some/model", config), encoding="utf-8")
+    path.write_text(dump_recipe({"model": "some/model", **config.to_dict()}), encoding="utf-8")
     recipe = load_recipe(path)
     assert recipe.pop("model") == "some/model"
     assert config_from_dict(recipe) == config

@@ -79,7 +79,7 @@ CONFIGS = st.builds(
 @given(config=CONFIGS, model=WORDS)
 def test_every_config_survives_its_recipe_file(config, model, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "recipe.yaml"
-    path.write_text(dump_recipe(model, config), encoding="utf-8")
+    path.write_text(dump_recipe({"model": model, **config.to_dict()}), encoding="utf-8")
     recipe = load_recipe(path)
     assert recipe.pop("model") == model
     assert config_from_dict(recipe) == config

@@ -191,6 +191,18 @@ class Schedule:
         return min(1.0, number / max(1, int(self.sparsify * self.steps))) if self.sparsify else 1.0
 
 
+def rate(number: int, steps: int, highest: float, warmup: float, final: float) -> float:
+    """Learning rate of step ``number`` (from 1): up for the share ``warmup``, down along a cosine to ``final``.
+
+    A function of the number alone, so that a run that goes on needs nothing but where it stands.
+    """
+    rising = round(warmup * steps)
+    if number <= rising:
+        return highest * number / rising
+    gone = (number - rising) / (steps - rising)
+    return highest * (final + (1 - final) * (1 + math.cos(math.pi * gone)) / 2)
+
+
 @dataclass(frozen=True)
 class Absolute:
     """The decay as published: one number for all matrices."""

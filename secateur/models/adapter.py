@@ -112,7 +112,7 @@ class DecoderAdapter:
         def answer(*args: Any, **kwargs: Any) -> Any:
             return _answer(hidden, self._items)
 
-        with _replaced_forward(self.blocks, answer):
+        with replaced_forward(self.blocks, answer):
             return self.model(input_ids=self._placed(input_ids), use_cache=False)[0]
 
     @torch.no_grad()
@@ -144,7 +144,7 @@ class DecoderAdapter:
                 raise _AtTheDoorError
             return _answer(seen[-1][0], self._items)
 
-        with torch.no_grad(), _replaced_forward(self.blocks, pass_through), suppress(_AtTheDoorError):
+        with torch.no_grad(), replaced_forward(self.blocks, pass_through), suppress(_AtTheDoorError):
             self.model(input_ids=self._placed(input_ids), use_cache=False)
         return seen
 
@@ -330,7 +330,7 @@ class _AtTheDoorError(Exception):
 
 
 @contextmanager
-def _replaced_forward(modules: list[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(modules: list[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
     """The modules keep their attributes (a model may read them) and answer with `forward`."""
     own = [vars(module).get("forward") for module in modules]
     for module in modules:

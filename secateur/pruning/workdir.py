@@ -14,30 +14,28 @@ dense model is read again. Disk: the pruned weights, and the hidden states twice
 """
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.core.plan import Plan
-from secateur.errors import ArtefactError, UsageError
+from secateur.errors import ArtefactError
 from secateur.models.adapter import DecoderAdapter
+from secateur.models.durable import admit, durable, locked
 from secateur.models.offload import is_offloaded, relocate
-from secateur.models.save import flush
 from secateur.pruning.hidden import Budget, Hidden
 from secateur.pruning.oneshot import Finished, State, block_targets
 from secateur.pruning.ranks import ALONE, Ranks
 from secateur.pruning.records import BlockRecord, block_record
 
 SUFFIX = ".unfinished"
-RUN, STATE, LOCK = "run.json", "state.json", "lock"
+STATE = "state.json"
 PART = 256 * 2**20
 """Bytes of hidden states in one file; they are in memory together while it is written."""
 
@@ -148,8 +146,10 @@ def opened(out: Path, run: Mapping[str, Any], *, resume: bool, ranks: Ranks = AL
         ranks.each(0)
         return
     work.path.mkdir(parents=True, exist_ok=True)
-    with _locked(work.path):
-        _admit(work, json.loads(json.dumps(run)), resume)  # as it will be read back: tuples become lists
+    with locked(work.path):
+        admit(work.path, run, resume=resume, kept=f"{work.kept} blocks" if work.kept else "")
+        for folder in ("blocks", "hidden"):
+            (work.path / folder).mkdir(exist_ok=True)
         ranks.each(0)
         try:
             yield work
@@ -161,56 +161,6 @@ def opened(out: Path, run: Mapping[str, Any], *, resume: bool, ranks: Ranks = AL
                 work.remove()
             raise
         work.remove()
-
-
-def _admit(work: Workdir, run: Mapping[str, Any], resume: bool) -> None:
-    if work.kept:
-        if not resume:
-            raise UsageError(
-                f"{work.path} holds an unfinished run of {work.kept} blocks; go on with --resume, or delete it first"
-            )
-        if differ := differences(json.loads((work.path / RUN).read_text(encoding="utf-8")), run):
-            raise UsageError(
-                f"{work.path} is a run of something else: {'; '.join(differ)}; repeat that request, or delete it"
-            )
-    for folder in ("blocks", "hidden"):
-        (work.path / folder).mkdir(exist_ok=True)
-    text = json.dumps(run, indent=2, sort_keys=True) + "\n"
-    durable(work.path / RUN, lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Keys of two nested mappings whose values differ, with both values."""
-    found = []
-    for key in sorted(then.keys() | now.keys()):
-        old, new = then.get(key), now.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            found.append(f"{prefix}{key} was {old!r} and is {new!r}")
-    return found
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    lock = FileLock(path / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UsageError(f"another process is at work in {path}; wait for it, or choose another --out") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def durable(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file all or nothing: under another name, flushed, renamed, and the rename itself flushed."""
-    new = path.with_name(path.name + ".new")
-    write(new)
-    flush(new)
-    os.replace(new, path)
-    flush(path.parent)
 
 
 def _block_file(index: int) -> str:

@@ -2,7 +2,7 @@
 
     recipe.yaml     what was asked for, all of it; running it again gives the same bytes
     run.json        everything that decides the bytes: the recipe, fingerprints of model and tokens, versions
-    records.jsonl   one line per block
+    records.jsonl   one line per block, or per step of training
     report.json     totals, seconds, memory, versions, provenance
     promise.json    pattern of every pruned weight and which names share one tensor; ``secateur inspect`` checks it
 
@@ -15,7 +15,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from secateur.config import PruneConfig, dump_recipe
 from secateur.core.pattern import pattern_to_dict
 from secateur.report.jsonable import dumps
 
@@ -30,17 +29,16 @@ if TYPE_CHECKING:
 def write_artefact(
     folder: Path,
     *,
-    source: str,
-    config: PruneConfig,
+    recipe: str,
     identity: dict[str, Any],
-    records: Iterable["BlockRecord"],
+    records: Iterable[dict[str, Any]],
     promises: dict[str, Any],
 ) -> None:
     """All files but the report, which is written last, by ``write_report``."""
     folder.mkdir()
     (folder / "run.json").write_text(dumps(identity) + "\n", encoding="utf-8")
-    (folder / "recipe.yaml").write_text(dump_recipe(source, config), encoding="utf-8")
-    lines = [dumps(record.to_dict(), indent=None) for record in records]
+    (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    lines = [dumps(record, indent=None) for record in records]
     (folder / "records.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     (folder / "promise.json").write_text(dumps(promises) + "\n", encoding="utf-8")
 

@@ -72,13 +72,13 @@ def prune_summary(report: dict[str, Any]) -> list[RenderableType]:
         "output error": _output_error(report["output_error"]),
         "dropped rows": str(report["dropped_rows"]),
         "skipped": skipped_lines(report["skipped"]),
-        "time": _time(report["seconds"]),
+        "time": time_of(report["seconds"]),
         "peak memory": size(report["peak_memory_bytes"]),
     }
     method = report["recipe"]["method"]["name"]
     return [
         *facts(f"{report['model']['source']} pruned with {method}", rows),
-        *_warnings(report["warnings"]),
+        *warning_lines(report["warnings"]),
         *_after_pruning(report),
     ]
 
@@ -111,12 +111,12 @@ def _output_error(error: dict[str, float] | None) -> str:
     return f"{error['mean']:.4f} mean over blocks, {error['last']:.4f} last block (share of a block's work lost)"
 
 
-def _time(stages: dict[str, float]) -> str:
+def time_of(stages: dict[str, float]) -> str:
     parts = [f"{name} {seconds(value)}" for name, value in stages.items() if name != "total"]
     return f"{seconds(stages['total'])} ({', '.join(parts)})"
 
 
-def _warnings(warnings: Sequence[str]) -> list[RenderableType]:
+def warning_lines(warnings: Sequence[str]) -> list[RenderableType]:
     shown = [Text(f"warning: {line}", style="yellow") for line in warnings[:MANY]]
     more = len(warnings) - MANY
     return [*shown, Text(f"and {more} more in report.json", style="yellow")] if more > 0 else list(shown)
@@ -233,7 +233,7 @@ def demo_tables(report: dict[str, Any], comparison: "Comparison", total: float) 
         Text(f"Text: {EMBEDDED}, calibration and held-out parts apart."),
         Text("It says how two models compare, not how good either is.", style="dim"),
         Text(protocol(pruned), style="dim"),
-        *_warnings(report["warnings"]),
+        *warning_lines(report["warnings"]),
         command("Check:", "secateur", "inspect", report["out"]),
         command("Next:", *AFTER_DEMO),
     ]

@@ -181,6 +181,13 @@ class SparseAdamW(Optimizer):
     def _pattern(self, group: dict[str, Any]) -> Pattern:
         return pattern_from_dict(group["pattern"])
 
+    @torch.no_grad()
+    def write(self) -> None:
+        """Make every parameter what its state says, after the state was put back from somewhere."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._write(parameter, group)
+
     def _write(self, parameter: Tensor, group: dict[str, Any]) -> None:
         """The parameter becomes what the model is to compute with."""
         held = self._held(parameter)
@@ -228,3 +235,14 @@ class SparseAdamW(Optimizer):
         for number, parameter in zip(numbers, parameters, strict=True):
             for key, value in state_dict["state"].get(number, {}).items():
                 self.state[parameter][key] = value.to(parameter.device if value.ndim else "cpu", copy=True)
+
+
+@torch.no_grad()
+def left_over(optimizer: SparseAdamW) -> float:
+    """Mean distance from zero of the pruned masters."""
+    total, count = 0.0, 0
+    for state in optimizer.state.values():
+        if "mask" in state:
+            pruned = state["master"][~state["mask"]]
+            total, count = total + float(pruned.abs().sum(dtype=torch.float64)), count + pruned.numel()
+    return total / max(count, 1)

@@ -13,9 +13,10 @@ class PowerCutError(BaseException):
 
 def stop_at(number, monkeypatch):
     """The process ends instead of making the given file durable (counted from 0), with its new name half written."""
-    import secateur.pruning.workdir as workdir
+    from secateur.models import durable as files
+    from secateur.pruning import workdir
 
-    durable, calls = workdir.durable, iter(range(1000))
+    durable, calls = files.durable, iter(range(1000))
 
     def cut(path, write):
         if next(calls) == number:
@@ -23,7 +24,8 @@ def stop_at(number, monkeypatch):
             raise PowerCutError
         durable(path, write)
 
-    monkeypatch.setattr(workdir, "durable", cut)
+    for module in (files, workdir):
+        monkeypatch.setattr(module, "durable", cut)
 
 
 WRITES = ["run.json", "block 0", "hidden 1", "state 1", "block 1", "hidden 2", "state 2"]

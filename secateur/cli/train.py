@@ -1,0 +1,76 @@
+"""``secateur train``: flags and a recipe file become one TrainConfig; the work is ``secateur.api.train``."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import click
+
+from secateur.cli.options import DATA_HELP, debug_option, device_option, dtype_option, emit, first_process, json_option
+from secateur.errors import UsageError
+
+
+@click.command("train")
+@click.argument("student", required=False)
+@click.option("--teacher", help="Model to learn from.  [default: what STUDENT was pruned from, or STUDENT itself]")
+@click.option("--method", help="ast, ast_g, srste, cast, fixed or none.  [default: ast]")
+@click.option("--sparsity", type=float, help="Share of zeros, 0.7 for 70 %. Not needed with an N:M pattern.")
+@click.option("--pattern", help="unstructured, row, N:M (N KEPT of every M) or block:RxC.  [default: 2:4]")
+@click.option("--data", multiple=True, help=f"Training text, repeatable: {DATA_HELP}  [default: c4]")
+@click.option("--tokens", type=int, help="Tokens of training; counted again in every epoch.")
+@click.option("--seq-len", type=int, help="Tokens in each window.  [default: 512]")
+@click.option("--batch", type=int, help="Windows of one step.  [default: 8]")
+@click.option("--micro-batch", type=int, help="Windows in memory at one time.  [default: 1]")
+@click.option("--lr", type=float, help="Highest learning rate.  [default: 2e-4]")
+@click.option("--seed", type=int, help="Orders the windows.  [default: 0]")
+@click.option("--blocks", help="Which become sparse: all, first-half, or A:B (B not included).  [default: all]")
+@click.option("--include", multiple=True, metavar="REGEX", help="Only linears whose name it matches; repeatable.")
+@click.option("--ignore", multiple=True, metavar="REGEX", help="Leave linears whose name it matches dense; repeatable.")
+@device_option
+@dtype_option
+@click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with any of these; flags win over it.")
+@click.option("--set", "sets", multiple=True, metavar="A.B=C", help="Change any recipe key: --set loss.alpha=1")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to write; not one of yours.")
+@click.option("--resume", is_flag=True, help="Go on with a run to the same OUT that was stopped.")
+@json_option
+@debug_option
+def command(
+    student: str | None,
+    out: Path,
+    resume: bool,
+    recipe: Path | None,
+    sets: tuple[str, ...],
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Train STUDENT sparse by distilling its dense original, and save it to OUT, a normal Hugging Face directory.
+
+    STUDENT is a hub id, a Hugging Face directory, a .gguf file, or `demo`; dense, or pruned by `secateur prune`.
+    """
+    from secateur.api import train
+    from secateur.report.progress import on_stderr
+    from secateur.report.training_page import train_summary
+    from secateur.train_config import train_config_from_dict
+
+    values = merged(student, recipe, flags, sets)
+    source, teacher = str(values.pop("student")), values.pop("teacher", None)
+    config = train_config_from_dict(values)
+    if first_process():
+        click.echo(f"{config.pattern}: {config.target.words()}; {config.steps} steps", err=True)
+    with on_stderr() if first_process() else nullcontext() as progress:
+        result = train(source, config, teacher=teacher, out=out, resume=resume, progress=progress)
+    emit(as_json, result.report, *train_summary(result.report))
+
+
+def merged(student: str | None, recipe: Path | None, flags: dict[str, Any], sets: tuple[str, ...]) -> dict[str, Any]:
+    """The recipe file, overruled by the flags that were given, overruled by --set. Holds ``student`` and ``tokens``."""
+    from secateur.config import apply_sets, load_recipe
+
+    values = load_recipe(recipe) if recipe else {}
+    given = {key: value for key, value in {"student": student, **flags}.items() if value not in (None, ())}
+    values = apply_sets({**values, **given}, sets)
+    if "student" not in values:
+        raise UsageError("no STUDENT; give a hub id, a directory, a .gguf file or `demo`, or a recipe that holds one")
+    if "tokens" not in values:
+        raise UsageError("no --tokens; say how long to train: 300000 takes a CPU half an hour at 135M parameters")
+    return values

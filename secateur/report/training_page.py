@@ -1,0 +1,34 @@
+"""What ``secateur train`` prints: what was done, what it brought, and the command that measures it."""
+
+from typing import Any
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from secateur.report.tables import command, facts, percent, size, skipped_lines, time_of, warning_lines
+
+
+def train_summary(report: dict[str, Any]) -> list[RenderableType]:
+    """A dozen lines."""
+    before, after = report["held_out"]["before"], report["held_out"]["after"]
+    rows = {
+        "pattern": f"{report['recipe']['pattern']}: {report['pattern']['words']}",
+        "sparse": f"{report['linears']} linears, {report['weights']:,} weights, {percent(report['sparsity'])}",
+        "skipped": skipped_lines(report["skipped"]),
+        "teacher": report["teacher"]["source"],
+        "trained": f"{report['steps']} steps, {report['tokens']:,} tokens ({report['epochs']:.2f} epochs), "
+        f"{report['tokens_per_second']:.0f} tokens/s",
+        "from the teacher": f"{before['divergence']:.4f} -> {after['divergence']:.4f} nats on held-out windows",
+        "text": f"{before['cross_entropy']:.4f} -> {after['cross_entropy']:.4f} nats on the same",
+        "masks": f"{report['flip_rate']:.2e} of them changed at the last refresh",
+        "time": time_of(report["seconds"]),
+        "peak memory": size(report["peak_memory_bytes"]),
+    }
+    return [
+        *facts(f"{report['student']['source']} trained with {report['recipe']['method']}", rows),
+        *warning_lines(report["warnings"]),
+        Text(f"saved to {report['out']}, opened again: every promise is kept", style="green"),
+        command(
+            "Next:", "secateur", "eval", report["out"], "--baseline", report["teacher"]["source"], "--data", "wikitext2"
+        ),
+    ]

@@ -1,0 +1,172 @@
+"""The recipe of sparse training: one typed config behind flags, a YAML file and Python, as ``config`` is for pruning.
+
+student: pruned
+teacher: HuggingFaceTB/SmolLM2-135M-Instruct
+pattern: 2:4
+data: [train/openwebtext.jsonl, train/wikipedia.jsonl]
+tokens: 300000
+loss: {alpha: 0.67, temperature: 2}
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from secateur.config import (
+    EXPRESSIONS,
+    Device,
+    Dtype,
+    Precision,
+    build,
+    check_blocks,
+    check_expressions,
+    chosen_blocks,
+)
+from secateur.core.losses import Distillation
+from secateur.core.pattern import Pattern, make_pattern
+from secateur.core.sparse_adamw import Absolute, Decay, Relative, Schedule
+
+DEFAULT_LOSS = Distillation()
+Method = Literal["ast", "ast_g", "srste", "cast", "fixed", "none"]
+Metric = Literal["magnitude", "fisher"]
+LISTS = (*EXPRESSIONS, "data")
+"""Fields that are lists in a recipe, or a single one of their items."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained sparse, on which text and for how long. ValueError where the fields contradict each other.
+
+    A step sees ``batch`` windows of ``seq_len`` tokens; there are ``tokens // (batch * seq_len)`` steps.
+    """
+
+    tokens: int
+    """Tokens of training, counted again in every epoch."""
+    method: Method = "ast"
+    """Where the decay of pruned weights enters: ast, ast_g, srste, cast; fixed keeps the mask, none prunes nothing."""
+    sparsity: float | None = None
+    """Share of zeros in [0, 1). Needed by every pattern but N:M, which says it itself."""
+    pattern: str = "2:4"
+    """Where zeros may lie: unstructured, row, N:M (N kept of every M) or block:RxC."""
+    metric: Metric = "magnitude"
+    """What a weight is worth when the mask is chosen: magnitude, or fisher (its square times the second moment)."""
+    data: tuple[str, ...] = ("c4",)
+    """Texts, each a name, ``hf:ID[:config][:split][:column]`` or a file; windows of all are shuffled together."""
+    seq_len: int = 512
+    """Tokens in each window."""
+    batch: int = 8
+    """Windows of one optimizer step, over all processes."""
+    micro_batch: int = 1
+    """Windows whose activations exist at one time, in each process. Changes the result by rounding only."""
+    holdout: int = 8
+    """Windows that are never trained on; the loss on them is measured before and after."""
+    seed: int = 0
+    """Orders the windows. The same recipe gives the same bytes."""
+    lr: float = 2e-4
+    """Highest learning rate. See docs/training.md before comparing methods at equal rates."""
+    warmup: float = 0.05
+    """Share of the steps in which the rate rises from zero."""
+    final_lr: float = 0.1
+    """Share of ``lr`` to which it falls along a cosine."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Of Adam's moments."""
+    weight_decay: float = 0.0
+    """Decoupled, on every weight."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    decay: float | None = None
+    """lambda, the pull of pruned weights to zero, as one number for all matrices; none measures it with ``c``."""
+    c: float = 3.0
+    """That pull on an average pruned weight, in average gradients. Too small lets masks oscillate."""
+    refresh: int = 10
+    """Steps between two choices of the mask."""
+    anneal: float = 0.25
+    """Share of the steps in which the decay rises from zero."""
+    sparsify: float = 0.0
+    """Share in which the sparsity rises to the pattern's own; N:M is at once always."""
+    freeze: float = 0.8
+    """Share after which the mask stays."""
+    loss: Distillation = DEFAULT_LOSS
+    """What is learnt from the teacher and what from the text."""
+    blocks: str = "all"
+    """Which decoder blocks become sparse: all, first-half, or A:B. Everything is trained."""
+    include: tuple[str, ...] = ()
+    """Regular expressions, searched in the full names of the blocks' linears: sparse is what one matches."""
+    ignore: tuple[str, ...] = ()
+    """The same, of linears that stay dense; wins over include."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in backward instead of keeping them. Less memory, a third more work."""
+    device: Device = "auto"
+    """Where to compute; auto takes cuda where there is one."""
+    dtype: Dtype = "auto"
+    """Type that the student is loaded and saved in; masters are float32 always."""
+    precision: Precision = "auto"
+    """Of products (autocast), and of the teacher's weights; auto takes bfloat16 where the processor multiplies it."""
+    checkpoint: int = 50
+    """Steps between two states on disk. Changes no weight."""
+    tolerated: int = 10
+    """Steps without a finite loss that are left out before the run ends."""
+
+    def __post_init__(self) -> None:
+        make_pattern(self.pattern, self.sparsity)
+        least = {"seq_len": 2, "batch": 1, "micro_batch": 1, "holdout": 1, "seed": 0, "checkpoint": 1, "tolerated": 0}
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
+        if self.tokens < self.step_tokens:
+            raise ValueError(
+                f"{self.tokens} tokens are less than one step of batch x seq_len = {self.step_tokens}; give more "
+                "tokens, or a smaller batch or seq_len"
+            )
+        for name in ("lr", "clip", "c"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        for name in ("warmup", "final_lr"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share, in [0, 1]; got {getattr(self, name)}")
+        if not self.data:
+            raise ValueError("data is empty; give at least one text")
+        self.schedule()  # refuses shares that do not fit
+        check_blocks(self.blocks)
+        for name in EXPRESSIONS:
+            check_expressions(name, getattr(self, name))
+
+    @property
+    def step_tokens(self) -> int:
+        return self.batch * self.seq_len
+
+    @property
+    def steps(self) -> int:
+        return self.tokens // self.step_tokens
+
+    @property
+    def target(self) -> Pattern:
+        """The pattern asked for, as a value."""
+        return make_pattern(self.pattern, self.sparsity)
+
+    @property
+    def pull(self) -> Decay:
+        return Relative(self.c) if self.decay is None else Absolute(self.decay)
+
+    def schedule(self) -> Schedule:
+        return Schedule(self.steps, self.refresh, self.anneal, self.sparsify, self.freeze)
+
+    def block_range(self, total: int) -> range:
+        """The chosen blocks of a model that has ``total``."""
+        return chosen_blocks(self.blocks, total)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form of a recipe file."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        lists = {name: list(values[name]) for name in (*LISTS, "betas")}
+        return {**values, **lists, "loss": asdict(self.loss)}
+
+
+def train_config_from_dict(data: Mapping[str, Any]) -> TrainConfig:
+    """A config from the form of a recipe file (without ``student``, ``teacher``); UsageError for what does not fit."""
+    values = dict(data)
+    if "loss" in values:
+        values["loss"] = build(Distillation, values["loss"], "loss")
+    values |= {name: [values[name]] for name in LISTS if isinstance(values.get(name), str)}
+    return build(TrainConfig, values, "")

@@ -1,0 +1,279 @@
+"""One training run, from a request to a result: what is settled before the first step, the steps, the saved directory.
+
+Nothing appears at OUT before everything in it has been opened again and checked; until then the run's last state is
+kept beside it (``training.checkpoint``).
+"""
+
+import copy
+import hashlib
+import os
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secateur.config import dump_recipe, load_recipe
+from secateur.core.plan import Plan
+from secateur.data.sources import Texts, read_texts
+from secateur.data.tokens import check_seq_len, tokenize
+from secateur.errors import ArtefactError
+from secateur.evaluation.inspect import inspect
+from secateur.models.adapter import DecoderAdapter
+from secateur.models.head import check_head
+from secateur.models.load import Loaded
+from secateur.models.save import clear_leftovers, save, staged
+from secateur.pruning.selection import Selection
+from secateur.report.artefact import promises_of, write_artefact, write_report
+from secateur.report.facts import Stopwatch, peak_memory, versions
+from secateur.runs import VERIFY_TOKENS, lasting, open_model, resolve_device, resolve_precision, select_linears
+from secateur.train_config import TrainConfig, train_config_from_dict
+from secateur.training.batches import Batches, cut
+from secateur.training.checkpoint import Checkpoints, opened, read_steps
+from secateur.training.groups import parameter_groups
+from secateur.training.learner import Learner, ModelTeacher, check_same_vocabulary
+from secateur.training.loop import Loop, LoopOptions, StepRecord
+from secateur.training.optimizer import SparseAdamW, left_over
+
+MACHINE = ("checkpoint",)
+"""Keys of a recipe that change how a machine is used and not one byte of the result."""
+RECIPE = Path("secateur") / "recipe.yaml"
+Named = str | os.PathLike[str] | Loaded
+"""A model by name or path, or as ``models.load`` gives it."""
+UNSETTLED = 1e-3
+"""Share of a mask that changed at its last refresh, above which it is said to oscillate."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The sparse model and everything that was noted on the way."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    records: list[StepRecord]
+    report: dict[str, Any]
+    """What ``secateur/report.json`` holds."""
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """Everything that is settled before the first step."""
+
+    student: Loaded
+    teacher: Loaded
+    texts: list[Texts]
+    batches: Batches
+    config: TrainConfig
+    """With nothing left to circumstances."""
+    selection: Selection
+    loop: Loop
+    watch: Stopwatch
+
+    @classmethod
+    def prepare(cls, student: Named, teacher: Named | None, config: TrainConfig, watch: Stopwatch) -> "TrainRun":
+        device, precision = (
+            resolve_device(config.device),
+            resolve_precision(config.precision, resolve_device(config.device)),
+        )
+        with watch.stage("data", f"read {', '.join(config.data)}"):
+            texts = [read_texts(name, "calibration") for name in config.data]
+        own = open_model(student, None, config.dtype, watch)
+        other = _teacher(own, teacher, precision, watch)
+        check_same_vocabulary(own.model, other.model)
+        check_seq_len(config.seq_len, getattr(own.model.config, "max_position_embeddings", None))
+        with watch.stage("tokenize"):
+            tokens = [tokenize(text, own.tokenizer) for text in texts]
+        batches = cut(tokens, seq_len=config.seq_len, batch=config.batch, holdout=config.holdout, seed=config.seed)
+        adapter = DecoderAdapter(own.model)
+        selection = select_linears(adapter, config)
+        with watch.stage("verify", "compare logits made in pieces with the model's own"):
+            check_head(own.model, batches.holdout[:1, :VERIFY_TOKENS].long())
+        settled = _settled(config, own, device, precision, len(adapter.blocks))
+        torch.manual_seed(config.seed)  # dropout, where a model has it
+        loop = _loop(own, other, adapter, selection.plan, batches, settled)
+        return cls(own, other, texts, batches, settled, selection, loop, watch)
+
+    @property
+    def plan(self) -> Plan:
+        return self.selection.plan
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the bytes: an unfinished run goes on only where all of it is the same."""
+        tokens = hashlib.sha256(self.batches.windows.numpy().tobytes()).hexdigest()[:16]
+        return {
+            "recipe": {key: value for key, value in self.config.to_dict().items() if key not in MACHINE},
+            "student": self.student.fingerprint,
+            "teacher": self.teacher.fingerprint,
+            "tokens": tokens,
+            "versions": versions(),
+        }
+
+    def into(self, out: Path, resume: bool) -> TrainResult:
+        """Train, save, open what was saved again, check it; all or nothing at ``out``."""
+        with opened(out, self.identity, resume=resume) as work:
+            before = work.kept
+            records, noted = self.steps(work)
+            report = self.report(records, noted) | {"out": str(out), "resumed_after_steps": before}
+            clear_leftovers(out)
+            with staged(out, overwrite=True) as folder:
+                self.save(folder, records)
+                report |= self.spent()
+                write_report(folder / "secateur", report)
+            clear_leftovers(out)
+        return TrainResult(self.student.model, self.student.tokenizer, records, report)
+
+    def reopened(self, out: Path, report: dict[str, Any]) -> TrainResult:
+        """What an earlier, complete run to ``out`` made."""
+        loaded = open_model(str(out), None, "auto", self.watch)
+        return TrainResult(loaded.model, loaded.tokenizer, read_steps(out / "secateur" / "records.jsonl"), report)
+
+    def steps(self, work: Checkpoints) -> tuple[list[StepRecord], dict[str, Any]]:
+        """Train from where the run stands; every step's record, and the loss on held-out windows before and after."""
+        config, progress = self.config, self.watch.progress
+        records, noted = work.restore(self.loop)
+        if not noted:
+            with self.watch.stage("held out", "loss on held-out windows, before"):
+                noted = {"before": self.loop.held_out(), "pruned": left_over(self.loop.optimizer)}
+        with self.watch.stage("train", f"train, going on after step {len(records)}" if records else "train"):
+            for record in self.loop.run():
+                records.append(record)
+                if record.step % config.checkpoint == 0 and record.step < config.steps:
+                    work.keep(self.loop, records, noted)
+                progress.update(record.step, config.steps, _said(record))
+            self.loop.optimizer.project()
+        with self.watch.stage("held out", "loss on held-out windows, after"):
+            noted |= {"after": self.loop.held_out()}
+        return records, noted
+
+    def save(self, folder: Path, records: list[StepRecord]) -> None:
+        model = self.student.model
+        promises = promises_of(model, self.plan) if self.config.method != "none" else promises_of(model, Plan({}))
+        with self.watch.stage("save"):
+            model.requires_grad_(False).eval()
+            save(model, self.student.tokenizer, folder)
+            sources = {"student": lasting(self.student.source), "teacher": lasting(self.teacher.source)}
+            write_artefact(
+                folder / "secateur",
+                recipe=dump_recipe({**sources, **self.config.to_dict()}),
+                identity=self.identity,
+                records=[asdict(record) for record in records],
+                promises=promises,
+            )
+        with self.watch.stage("inspect", "check what was saved"):
+            broken = inspect(folder).broken
+        if broken:
+            raise ArtefactError(f"the saved model breaks {len(broken)} promises, the first: {broken[0]}")
+
+    def report(self, records: list[StepRecord], noted: dict[str, Any]) -> dict[str, Any]:
+        """All that ``report.json`` holds; seconds and memory are those of this process."""
+        config, seconds = self.config, [record.seconds for record in records]
+        return {
+            "student": {"source": self.student.source, "class": type(self.student.model).__name__},
+            "teacher": {"source": self.teacher.source},
+            "recipe": config.to_dict(),
+            "pattern": {"short": str(config.target), "words": config.target.words()},
+            "sparsity": self.plan.sparsity,
+            "linears": len(self.plan),
+            "weights": self.plan.size,
+            "skipped": [row.to_dict() for row in self.selection.skipped],
+            "steps": config.steps,
+            "tokens": config.steps * config.step_tokens,
+            "epochs": self.batches.epochs(config.steps),
+            "tokens_per_second": config.step_tokens / statistics.median(seconds),
+            "held_out": {"before": noted["before"], "after": noted["after"]},
+            "flip_rate": records[-1].flip_rate,
+            "skipped_steps": self.loop.skipped,
+            "data": [{**text.provenance, "name": text.name} for text in self.texts],
+            "warnings": self.warnings(records, noted["pruned"]),
+            "versions": versions(),
+        }
+
+    def warnings(self, records: list[StepRecord], left: float) -> list[str]:
+        """What went badly and what would help. ``left``: how far pruned weights were from zero in the beginning."""
+        lines = []
+        if records[-1].flip_rate > UNSETTLED and self.config.method not in ("fixed", "none"):
+            lines.append(
+                f"{records[-1].flip_rate:.2%} of the masks changed at their last refresh: they had not settled; give "
+                "more tokens, a larger c, or a smaller anneal"
+            )
+        reach = sum(record.lr for record in records)
+        if reach < left and self.config.method not in ("fixed", "none"):
+            lines.append(
+                f"the rates of all steps add up to {reach:.2g}, and pruned weights were {left:.2g} away from zero on "
+                "the average: the decay could not bring them there; give more tokens, a larger lr, or a pruned student"
+            )
+        if self.loop.skipped:
+            lines.append(f"{self.loop.skipped} steps were left out, their gradients were not finite; lower lr")
+        return lines
+
+    def spent(self) -> dict[str, Any]:
+        """Seconds by stage up to now, and the most memory."""
+        return {"seconds": {**self.watch.seconds, "total": self.watch.total}, "peak_memory_bytes": peak_memory()}
+
+
+def _said(record: StepRecord) -> str:
+    loss = "left out, not finite" if record.skipped else f"divergence {record.divergence:.3f}"
+    return f"{loss}, text {record.cross_entropy:.3f}, masks moved {record.flip_rate:.2e}"
+
+
+def _teacher(
+    student: Loaded, teacher: Named | None, precision: Literal["float32", "bfloat16"], watch: Stopwatch
+) -> Loaded:
+    """The model to learn from, in the type of the products: what was asked for, or the student's dense original."""
+    if isinstance(teacher, Loaded):
+        return teacher
+    source = os.fspath(teacher) if teacher is not None else dense_original(student.source)
+    if source != student.source:
+        return open_model(source, None, precision, watch)
+    model = copy.deepcopy(student.model).to(getattr(torch, precision))  # once from the disk is enough
+    return Loaded(model, student.tokenizer, student.source, student.fingerprint)
+
+
+def dense_original(source: str) -> str:
+    """What a directory of ours was made from, by its own record; anything else is its own original."""
+    recipe = Path(source).expanduser() / RECIPE
+    if not recipe.is_file():
+        return source
+    made = load_recipe(recipe)
+    return str(made.get("teacher") or made.get("model") or source)
+
+
+def _settled(config: TrainConfig, student: Loaded, device: str, precision: str, total: int) -> TrainConfig:
+    """The config with nothing left to circumstances."""
+    blocks = config.block_range(total)
+    fields = {
+        "device": device,
+        "dtype": str(student.model.dtype).removeprefix("torch."),
+        "precision": precision,
+        "blocks": f"{blocks.start}:{blocks.stop}",
+        "data": [lasting(name) for name in config.data],
+    }
+    return train_config_from_dict({**config.to_dict(), **fields})
+
+
+def _loop(
+    student: Loaded, teacher: Loaded, adapter: DecoderAdapter, plan: Plan, batches: Batches, config: TrainConfig
+) -> Loop:
+    model = student.model.requires_grad_(True).train()
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    autocast = torch.bfloat16 if config.precision == "bfloat16" else None
+    learner = Learner(model, ModelTeacher(teacher.model), config.loss, autocast)
+    optimizer = SparseAdamW(
+        parameter_groups(adapter, plan),
+        schedule=config.schedule(),
+        method=config.method,
+        decay=config.pull,
+        metric=config.metric,
+        lr=config.lr,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+    )
+    options = LoopOptions(
+        config.steps, config.lr, config.warmup, config.final_lr, config.clip, config.micro_batch, config.tolerated
+    )
+    return Loop(learner, optimizer, batches, options, Accelerator(cpu=config.device == "cpu", mixed_precision="no"))

@@ -1,0 +1,147 @@
+"""A training run that outlives its process: from time to time everything that the next step needs is made durable.
+
+    OUT.unfinished/
+      run.json                       what is being done: recipe, fingerprints of models and tokens, versions
+      state-00000150.safetensors     masters, moments, masks, other parameters, random states; numbers in its header
+      records.jsonl                  one line a step, up to that state
+      state.json                     which of them is valid
+      lock                           held by the process at work
+
+A file is written under another name, flushed and renamed, ``state.json`` last: whatever moment a run is killed at, it
+goes on from the last state, and since the order of the text and the rate follow from a step's number, to the same
+bytes. Masks are kept, not chosen again. Disk: 13 bytes for each sparse weight, twice while a state is replaced.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from secateur.errors import ArtefactError
+from secateur.models.durable import admit, durable, locked
+from secateur.training.loop import Loop, StepRecord
+
+SUFFIX = ".unfinished"
+STATE, RECORDS = "state.json", "records.jsonl"
+RANDOM = "random state"
+PARAMETER = "parameter"
+
+
+class Checkpoints:
+    """The directory of one run. Make it with ``opened``, which holds its lock."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def kept(self) -> int:
+        """Steps behind the last state; 0 where none was written."""
+        return self._state()["step"]
+
+    def keep(self, loop: Loop, records: list[StepRecord], noted: dict[str, Any]) -> None:
+        """Make the state after the last step durable, with whatever else was noted, then forget the one before."""
+        tensors, numbers = loop_state(loop)
+        file = self._file(loop.step)
+        durable(file, lambda new: save_file(tensors, new, {"numbers": json.dumps(numbers)}))
+        lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
+        durable(self.path / RECORDS, lambda new: new.write_text(lines, encoding="utf-8"))
+        state = json.dumps({"step": loop.step, "records": len(records), "noted": noted})
+        durable(self.path / STATE, lambda new: new.write_text(state, encoding="utf-8"))
+        for old in self.path.glob("state-*.safetensors"):
+            if old != file:
+                old.unlink()
+
+    def restore(self, loop: Loop) -> tuple[list[StepRecord], dict[str, Any]]:
+        """Bring a freshly made loop to where the last state stands; the records up to there, and what was noted."""
+        state = self._state()
+        if not state["step"]:
+            return [], {}
+        file = self._file(state["step"])
+        try:
+            with safe_open(file, framework="pt") as opened_file:
+                tensors = {name: opened_file.get_tensor(name) for name in opened_file.keys()}  # noqa: SIM118
+                numbers = json.loads(opened_file.metadata()["numbers"])
+            records = read_steps(self.path / RECORDS)[: state["records"]]
+        except (SafetensorError, OSError, ValueError, TypeError) as error:
+            raise _unreadable(file, error) from error
+        restore_loop(loop, tensors, numbers)
+        return records, state["noted"]
+
+    def remove(self) -> None:
+        """The run is complete, or has nothing to keep."""
+        shutil.rmtree(self.path)
+
+    def _file(self, step: int) -> Path:
+        return self.path / f"state-{step:08d}.safetensors"
+
+    def _state(self) -> dict[str, Any]:
+        path = self.path / STATE
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"step": 0}
+        except ValueError as error:
+            raise _unreadable(path, error) from error
+
+
+def read_steps(path: Path) -> list[StepRecord]:
+    """The lines of ``records.jsonl``."""
+    return [StepRecord(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def loop_state(loop: Loop) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Everything that the next step depends on: tensors by the parameter's name, and numbers."""
+    optimizer = loop.optimizer
+    tensors = {RANDOM: torch.get_rng_state()}
+    for name, parameter in loop.learner.student.named_parameters():
+        state = optimizer.state[parameter]
+        held = {PARAMETER: parameter.detach(), **state} if "master" not in state else state
+        tensors |= {f"{name}.{key}": value.contiguous() for key, value in held.items()}
+    groups = [group["step"] for group in optimizer.param_groups]
+    return tensors, {"step": loop.step, "skipped": loop.skipped, "groups": groups}
+
+
+def restore_loop(loop: Loop, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+    """Take a ``loop_state`` back."""
+    torch.set_rng_state(tensors[RANDOM])
+    loop.step, loop.skipped = numbers["step"], numbers["skipped"]
+    for group, step in zip(loop.optimizer.param_groups, numbers["groups"], strict=True):
+        group["step"] = step
+    with torch.no_grad():
+        for name, parameter in loop.learner.student.named_parameters():
+            for key, held in loop.optimizer.state[parameter].items():
+                held.copy_(tensors[f"{name}.{key}"])
+            if (own := tensors.get(f"{name}.{PARAMETER}")) is not None:
+                parameter.copy_(own)
+    loop.optimizer.write()
+
+
+@contextmanager
+def opened(out: Path, run: Mapping[str, Any], *, resume: bool) -> Iterator[Checkpoints]:
+    """The run's directory beside ``out``, locked. A failure inside leaves it, unless there is no state in it.
+
+    ``run`` is what decides the bytes; UsageError as ``models.durable.admit`` and ``locked`` say.
+    """
+    work = Checkpoints(out.with_name(out.name + SUFFIX))
+    work.path.mkdir(parents=True, exist_ok=True)
+    with locked(work.path):
+        admit(work.path, run, resume=resume, kept=f"{work.kept} steps" if work.kept else "")
+        try:
+            yield work
+        except BaseException as error:
+            if work.kept:
+                error.add_note(f"{work.path} keeps {work.kept} steps: go on with --resume, or delete it")
+            else:
+                work.remove()
+            raise
+        work.remove()
+
+
+def _unreadable(path: Path, error: Exception) -> ArtefactError:
+    return ArtefactError(f"{path} of an unfinished run is not readable ({error}); delete the directory")

@@ -1,0 +1,215 @@
+"""``secateur train``: it learns, what it saves is sparse and ordinary, and a run that was killed goes on to its bytes."""
+
+import json
+import math
+
+import pytest
+
+SMALL = [
+    "--tokens",
+    8192,
+    "--seq-len",
+    32,
+    "--batch",
+    4,
+    "--micro-batch",
+    2,
+    "--lr",
+    1e-2,
+    "--set",
+    "holdout=4",
+    "--set",
+    "loss.alpha=1",
+]
+"""64 steps."""
+
+
+@pytest.fixture(scope="module")
+def model_dir(model_dir, byte_tokenizer, tmp_path_factory):
+    """The tiny Llama with weights so large that its words follow from its input."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    for parameter in model.parameters():
+        parameter.data *= 8 if parameter.ndim == 2 else 1
+    path = tmp_path_factory.mktemp("models") / "sharp"
+    model.save_pretrained(path)
+    byte_tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(run, model_dir, text_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("train") / "out"
+    ran = run("train", model_dir, "--data", text_file, *SMALL, "--out", out, "--json")
+    assert ran.code == 0, ran.err
+    return out, ran
+
+
+def test_a_student_comes_closer_to_its_dense_self(trained):
+    _, ran = trained
+    report = ran.json
+    assert report["held_out"]["after"]["divergence"] < 0.6 * report["held_out"]["before"]["divergence"]
+    assert report["steps"] == 64
+    assert report["tokens"] == 8192
+    assert report["skipped_steps"] == 0
+
+
+def test_what_is_saved_keeps_its_pattern_and_opens_without_us(run, trained):
+    from transformers import AutoModelForCausalLM
+
+    out, _ = trained
+    assert run("inspect", out).code == 0
+    model = AutoModelForCausalLM.from_pretrained(out)
+    for block in model.model.layers:
+        for weight in (block.self_attn.q_proj.weight, block.mlp.down_proj.weight):
+            assert ((weight.view(len(weight), -1, 4) != 0).sum(-1) <= 2).all()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    promise = json.loads((out / "secateur" / "promise.json").read_text())
+    assert len(promise["linears"]) == 14
+
+
+def test_its_recipe_gives_the_same_bytes_again(run, trained, tmp_path, files):
+    out, _ = trained
+    assert run("train", "--recipe", out / "secateur" / "recipe.yaml", "--out", tmp_path / "again").code == 0
+    assert files(tmp_path / "again") == files(out)
+
+
+def test_every_step_is_recorded(trained):
+    out, _ = trained
+    steps = [json.loads(line) for line in (out / "secateur" / "records.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [*range(1, 65)]
+    assert all(math.isfinite(step["loss"]) for step in steps)
+    assert steps[-1]["lr"] == pytest.approx(1e-3)  # a tenth, as final_lr says
+    assert max(step["lr"] for step in steps) == 1e-2
+    assert any(step["flip_rate"] for step in steps)
+
+
+class KilledError(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("at", [5, 40])
+@pytest.mark.parametrize("method", ["ast", "cast"])
+def test_killed_and_resumed_gives_the_same_bytes(at, method, run, model_dir, text_file, tmp_path, monkeypatch, files):
+    from secateur.training.loop import Loop
+
+    flags = ["--data", text_file, *SMALL, "--method", method, "--set", "checkpoint=10"]
+    assert run("train", model_dir, *flags, "--out", tmp_path / "whole").code == 0
+    step = Loop._step
+
+    def killed(self):
+        if self.step == at:
+            raise KilledError
+        return step(self)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_step", killed)
+        with pytest.raises(KilledError):
+            run("train", model_dir, *flags, "--out", out)
+    assert not out.exists()
+    kept = 10 * (at // 10)
+    if kept:
+        refused = run("train", model_dir, *flags, "--out", out)
+        assert refused.code == 2
+        assert f"an unfinished run of {kept} steps; go on with --resume" in refused.error
+        differs = run("train", model_dir, *flags, "--set", "c=2", "--out", out, "--resume")
+        assert differs.code == 2
+        assert "recipe.c was 3.0 and is 2.0" in differs.error
+    ran = run("train", model_dir, *flags, "--out", out, "--resume", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["resumed_after_steps"] == kept
+    assert files(out) == files(tmp_path / "whole")
+    assert not list(tmp_path.glob("*.unfinished"))
+    again = run("train", model_dir, *flags, "--out", out, "--resume")
+    assert again.code == 0
+    assert "is complete: nothing was left to do" in again.err
+
+
+def test_a_pruned_student_learns_from_what_it_was_pruned_from(run, model_dir, text_file, tmp_path):
+    pruned = tmp_path / "pruned"
+    assert run("prune", model_dir, "--method", "magnitude", "--pattern", "2:4", "--out", pruned).code == 0
+    flags = ["--data", text_file, *SMALL, "--method", "fixed", "--out", tmp_path / "out", "--json"]
+    ran = run("train", pruned, *flags)
+    assert ran.code == 0, ran.err
+    assert ran.json["teacher"]["source"] == str(model_dir)
+    assert ran.json["held_out"]["after"]["divergence"] < 0.7 * ran.json["held_out"]["before"]["divergence"]
+    assert masks(pruned) == masks(tmp_path / "out")
+
+
+def masks(directory):
+    from safetensors.torch import load_file
+
+    tensors = load_file(directory / "model.safetensors")
+    return {
+        name: (t == 0).sum().item() and (t == 0).nonzero().tolist() for name, t in tensors.items() if "proj" in name
+    }
+
+
+@pytest.mark.parametrize(
+    "flags", [["--method", "none"], ["--pattern", "row", "--sparsity", "0.7"]], ids=["none", "row"]
+)
+def test_other_patterns_and_none(flags, run, model_dir, text_file, tmp_path):
+    ran = run("train", model_dir, "--data", text_file, *SMALL, *flags, "--out", tmp_path / "out", "--json")
+    assert ran.code == 0, ran.err
+    assert run("inspect", tmp_path / "out").code == 0
+    zeros = sum(map(bool, masks(tmp_path / "out").values()))
+    assert zeros == (0 if "none" in flags else 14)
+
+
+WRONG = {
+    "no tokens": (["--data", "{text}"], 2, "no --tokens; say how long to train"),
+    "too few tokens": (["--data", "{text}", "--tokens", 10], 2, "10 tokens are less than one step"),
+    "unknown method": (["--data", "{text}", *SMALL, "--method", "magic"], 2, "method: input should be 'ast'"),
+    "pattern does not divide": (["--data", "{text}", *SMALL, "--pattern", "3:7"], 2, "7"),
+    "unknown key": (["--data", "{text}", *SMALL, "--set", "los.alpha=1"], 2, "did you mean loss?"),
+    "bad loss": (["--data", "{text}", *SMALL, "--set", "loss.alpha=2"], 2, "wanted alpha in [0, 1]"),
+    "text too short": (["--data", "{text}", *SMALL, "--seq-len", 128, "--set", "holdout=9999"], 1, "give more text"),
+    "window too long": (["--data", "{text}", *SMALL, "--seq-len", 1024], 2, "above the model's context of 128"),
+    "no such teacher": (["--data", "{text}", *SMALL, "--teacher", "./nowhere"], 1, "there is nothing at ./nowhere"),
+}
+
+
+@pytest.mark.parametrize(("flags", "code", "said"), WRONG.values(), ids=WRONG)
+def test_bad_input_ends_in_one_line(flags, code, said, run, model_dir, text_file, tmp_path):
+    flags = [str(text_file) if flag == "{text}" else flag for flag in flags]
+    ran = run("train", model_dir, *flags, "--out", tmp_path / "out")
+    assert ran.code == code, ran.err
+    assert said in ran.error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_teacher_of_other_words_is_refused(run, model_dir, text_file, tmp_path, tiny_llama, byte_tokenizer):
+    tiny_llama.save_pretrained(tmp_path / "other")
+    byte_tokenizer.save_pretrained(tmp_path / "other")
+    flags = ["--data", text_file, *SMALL, "--teacher", tmp_path / "other", "--out", tmp_path / "out"]
+    ran = run("train", model_dir, *flags)
+    assert ran.code == 2
+    assert "the student has 260 tokens and the teacher 128" in ran.error
+
+
+def test_steps_without_a_finite_gradient_are_left_out_and_counted(run, model_dir, text_file, tmp_path, monkeypatch):
+    from secateur.training.loop import Loop
+
+    gradients = Loop._gradients
+
+    def poisoned(self, ids):
+        losses = gradients(self, ids)
+        if self.step in bad:
+            next(self.learner.parameters()).grad.fill_(math.nan)
+        return losses
+
+    monkeypatch.setattr(Loop, "_gradients", poisoned)
+    flags = ["--data", text_file, *SMALL, "--set", "checkpoint=10", "--set", "tolerated=2"]
+    bad = {3, 30}
+    ran = run("train", model_dir, *flags, "--out", tmp_path / "out", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["skipped_steps"] == 2
+    assert "2 steps were left out" in " ".join(ran.json["warnings"])
+    assert run("inspect", tmp_path / "out").code == 0
+    bad = {3, 30, 31}
+    ran = run("train", model_dir, *flags, "--out", tmp_path / "broken")
+    assert ran.code == 1
+    assert "step 32: the gradient is not finite" in ran.error
+    assert "keeps 30 steps: go on with --resume" in ran.error
