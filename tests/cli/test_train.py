@@ -1,4 +1,4 @@
-"""``secateur train``: it learns, what it saves is sparse and ordinary, and a run that was killed goes on to its bytes."""
+"""``secateur train``: it learns, it saves an ordinary sparse model, and a killed run goes on to the same bytes."""
 
 import json
 import math
