@@ -130,6 +130,13 @@ def parts_of(pattern: Pattern | Stacked) -> list[Pattern]:
     return [part for _, part in pattern.parts] if isinstance(pattern, Stacked) else [pattern]
 
 
+def by_rows(pattern: Pattern | Stacked) -> bool:
+    """Whether every output row is pruned for itself."""
+    return all(
+        isinstance(part, NM) or (isinstance(part, Unstructured) and part.per == "row") for part in parts_of(pattern)
+    )
+
+
 def make_pattern(structure: str = "unstructured", sparsity: float | None = None) -> Pattern:
     """The pattern behind two words a user types: a structure and a share of zeros.
 

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 
@@ -203,6 +203,10 @@ def rate(number: int, steps: int, highest: float, warmup: float, final: float) -
     return highest * (final + (1 - final) * (1 + math.cos(math.pi * gone)) / 2)
 
 
+Norm = Callable[[Float[Tensor, "..."]], Float[Tensor, ""]]
+"""Of a whole matrix, of which a process may hold some rows: who knows the other processes passes it in."""
+
+
 @dataclass(frozen=True)
 class Absolute:
     """The decay as published: one number for all matrices."""
@@ -210,7 +214,7 @@ class Absolute:
     value: float
     """lambda. AST used 1e-4 for GPT-2 and 6e-5 for Llama-2-7B, at their scales of loss and weights."""
 
-    def of(self, held: Weights) -> float:
+    def of(self, held: Weights, norm: Norm = torch.linalg.vector_norm) -> float:
         return self.value
 
 
@@ -224,17 +228,17 @@ class Relative:
     c: float = 3.0
     """The published absolute values come to 1 to 3."""
 
-    def of(self, held: Weights) -> float:
-        size = float(held.W.norm())
-        return self.c * float(held.m.norm()) / size if size > 0 else 0.0
+    def of(self, held: Weights, norm: Norm = torch.linalg.vector_norm) -> float:
+        size = float(norm(held.W))
+        return self.c * float(norm(held.m)) / size if size > 0 else 0.0
 
 
 Decay = Absolute | Relative
 
 
-def flipped(before: Bool[Tensor, "..."], after: Bool[Tensor, "..."]) -> float:
-    """Share of the mask that changed."""
-    return float((before != after).double().mean())
+def flipped(before: Bool[Tensor, "..."], after: Bool[Tensor, "..."]) -> Integer[Tensor, ""]:
+    """How many entries of the mask changed."""
+    return (before != after).sum()
 
 
 # -------------------------------------------------------------------------------------------------------------- metrics

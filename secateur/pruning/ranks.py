@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from secateur.core.moments import Moments
-from secateur.core.pattern import NM, Pattern, Stacked, Unstructured, parts_of
+from secateur.core.pattern import Pattern, Stacked
 from secateur.errors import DeviceError, ProcessError
 
 PATIENCE = timedelta(hours=2)
@@ -107,13 +107,6 @@ def _heard() -> Iterator[None]:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise ProcessError(f"another process of this run is gone ({reason}); start all again with --resume") from error
-
-
-def by_rows(pattern: Pattern | Stacked) -> bool:
-    """Whether every output row is pruned for itself."""
-    return all(
-        isinstance(part, NM) or (isinstance(part, Unstructured) and part.per == "row") for part in parts_of(pattern)
-    )
 
 
 def pattern_of_rows(pattern: Pattern | Stacked, rows: range) -> Pattern | Stacked:

@@ -25,7 +25,7 @@ from secateur.models.expert_layout import ExpertLayout, observe_experts, watchab
 from secateur.models.experts import ExpertLinear
 from secateur.models.layout import FeedForwardForm, Layout, observe
 from secateur.pruning.hidden import Budget, Hidden
-from secateur.pruning.ranks import ALONE, Ranks, by_rows, pattern_of_rows
+from secateur.pruning.ranks import ALONE, Ranks, pattern_of_rows
 from secateur.pruning.records import LinearRecord, RoundRecord
 
 PROBE_TOKENS = 64

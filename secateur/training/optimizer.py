@@ -15,10 +15,15 @@ used at any time, and its gradient is the straight-through one. Masks change bet
 gradient accumulation and activation checkpointing see one mask. (CAST computes with the dense weights until the mask
 is frozen.)
 
+Several processes: DDP, and FSDP2, which may come between the constructor and ``begin`` and replace the parameters by
+shards; state is sharded as its parameter is, and what must travel is in ``shards.py``. FSDP1 flattens parameters to
+vectors, which carry no pattern.
+
 Memory for a parameter in 16 bit: 2 bytes of it, 2 of its gradient, 12 of master and moments, 1 of mask.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -30,7 +35,9 @@ from secateur.core.pattern import (
     Block,
     Pattern,
     Unstructured,
+    by_rows,
     check_mask,
+    check_shape,
     keep_mask,
     pattern_from_dict,
     pattern_to_dict,
@@ -49,6 +56,8 @@ from secateur.core.sparse_adamw import (
     flipped,
     masked,
 )
+from secateur.training import shards
+from secateur.training.shards import local
 
 Method = Literal["ast", "ast_g", "srste", "cast", "fixed", "none"]
 DENSE_UNTIL_FROZEN = ("cast",)
@@ -62,7 +71,9 @@ class SparseAdamW(Optimizer):
     A group takes ``params`` and, as it likes, ``pattern`` (``NM``, ``Unstructured``, ``Block``), ``transposed`` (True
     for matrices stored as (in, out), as Conv1D does) and its own ``lr``, ``betas``, ``eps``, ``weight_decay``.
     Parameters of a group with a pattern are matrices (R, C), or stacks of them, where each has the pattern for itself.
-    Raises ValueError for an unknown method or metric and for shapes that cannot carry the pattern.
+    With ``begin=False`` there is no state, and the model stays dense, until ``begin()``: for parameters that are yet to
+    be sharded, moved or replaced. Raises ValueError for an unknown method or metric and for shapes that cannot carry
+    the pattern.
     """
 
     def __init__(
@@ -77,6 +88,7 @@ class SparseAdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        begin: bool = True,
     ) -> None:
         for name, value, table in (("method", method, UPDATES), ("metric", metric, METRICS)):
             if value not in table:
@@ -85,30 +97,61 @@ class SparseAdamW(Optimizer):
             raise ValueError(
                 f"wanted lr >= 0, betas in [0, 1), eps > 0, weight_decay >= 0; got {lr}, {betas}, {eps}, {weight_decay}"
             )
-        self.schedule, self.method, self.decay, self.metric = schedule, method, decay, metric
+        self.schedule, self.method, self.decay, self.metric, self.begun = schedule, method, decay, metric, begin
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; the parameters of a group with a pattern become sparse at once."""
+        """As torch's; the parameters of a group with a pattern become sparse at once, if others are."""
         pattern = param_group.get("pattern")
         plain = pattern_to_dict(pattern) if isinstance(pattern, NM | Unstructured | Block) else pattern
         super().add_param_group({"transposed": False, **param_group, "pattern": plain, "step": 0})
-        group = self.param_groups[-1]
-        for parameter in group["params"]:
-            self._begin(parameter, group)
+        for parameter in self.param_groups[-1]["params"]:
+            self._check_carries(parameter, self.param_groups[-1])
+        if self.begun:
+            self.begin()
+
+    def _check_carries(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        if group["pattern"] is None:
+            return
+        if parameter.ndim < 2:
+            raise ValueError(
+                f"a pattern is for matrices, got a parameter of shape {tuple(parameter.shape)} (FSDP1 makes such ones: "
+                "use FSDP2)"
+            )
+        R, C = parameter.shape[-2:]
+        check_shape((C, R) if group["transposed"] else (R, C), self._pattern(group))
+        shards.check_rows(parameter)
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Make the state of every parameter that has none and write its sparse weights. All processes, together.
+
+        Raises RuntimeError where parameters were replaced after they had begun, ValueError where the new ones cannot
+        carry their pattern.
+        """
+        self.begun = True
+        present = {parameter for group in self.param_groups for parameter in group["params"]}
+        if lost := sum(parameter not in present for parameter in self.state):
+            raise RuntimeError(
+                f"{lost} parameters were replaced after they had begun (accelerate's prepare does so with FSDP2); "
+                "build SparseAdamW(..., begin=False), prepare, then call begin()"
+            )
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter not in self.state:
+                    self._check_carries(parameter, group)
+                    self._begin(parameter, group)
 
     def _begin(self, parameter: Tensor, group: dict[str, Any]) -> None:
         sparse = group["pattern"] is not None
-        if sparse and parameter.ndim < 2:
-            raise ValueError(f"a pattern is for matrices, got a parameter of shape {tuple(parameter.shape)}")
         state = self.state[parameter]
         state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
         state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
         if sparse or parameter.dtype != torch.float32:
             state["master"] = parameter.detach().float().clone()
         if sparse and self.method != "none":
-            state["mask"] = self._chosen(self._held(parameter), group, self._step_of(group))
+            state["mask"] = shards.like(self._chosen(parameter, group, self._step_of(group)), parameter)
             state["decay"] = torch.zeros(())
             state["flips"] = torch.zeros(())
             self._write(parameter, group)
@@ -145,38 +188,59 @@ class SparseAdamW(Optimizer):
         )
 
     def _move(self, parameter: Tensor, group: dict[str, Any], step: Step) -> None:
-        held, state = self._held(parameter), self.state[parameter]
         assert parameter.grad is not None
+        if parameter not in self.state:
+            raise RuntimeError(
+                f"a parameter of shape {tuple(parameter.shape)} has no state: call begin() before the first step, and "
+                "after anything that replaces parameters (prepare or fully_shard)"
+            )
+        held, state, grad = self._held(parameter), self.state[parameter], local(parameter.grad).float()
         if "mask" in state:
             update: Update = UPDATES[self.method]
             decay = float(state["decay"]) * self.schedule.annealed(step.number)
-            update(held, parameter.grad.float(), Step(**{**vars(step), "decay": decay}))
+            update(held, grad, Step(**{**vars(step), "decay": decay}))
             if self.schedule.refreshes(step.number):
                 self._refresh(parameter, group, step)
         else:
-            adamw_(held, parameter.grad.float(), step)
+            adamw_(held, grad, step)
         self._write(parameter, group)
 
     def _held(self, parameter: Tensor) -> Weights:
-        state = self.state[parameter]
-        master = state.get("master", parameter.detach())
-        return Weights(master, state["exp_avg"], state["exp_avg_sq"], state.get("mask"))
+        """The rows that this process holds."""
+        parts = {key: local(value) for key, value in self.state[parameter].items()}
+        master = parts["master"] if "master" in parts else local(parameter.detach())
+        return Weights(master, parts["exp_avg"], parts["exp_avg_sq"], parts.get("mask"))
 
     def _refresh(self, parameter: Tensor, group: dict[str, Any], step: Step) -> None:
         held, state = self._held(parameter), self.state[parameter]
-        state["decay"] = torch.tensor(self.decay.of(held))
+        state["decay"] = torch.tensor(self.decay.of(held, partial(shards.norm, parameter=parameter)))
         if self.method != "fixed":
-            state["mask"] = self._chosen(held, group, step)
-            state["flips"] = torch.tensor(flipped(held.keep, state["mask"]))  # pyright: ignore[reportArgumentType]
+            mask = self._chosen(parameter, group, step)
+            flips = shards.total(flipped(held.keep, mask), parameter)  # pyright: ignore[reportArgumentType]
+            state["flips"] = torch.tensor(int(flips) / parameter.numel())
+            local(state["mask"]).copy_(mask)
 
-    def _chosen(self, held: Weights, group: dict[str, Any], step: Step) -> Tensor:
+    def _chosen(self, parameter: Tensor, group: dict[str, Any], step: Step) -> Tensor:
         """The mask that weights and moments ask for now, at the sparsity that the schedule has come to."""
+        held = self._held(parameter)
         scores = METRICS[self.metric](held, step) if step.number else held.W.abs()  # no moments yet
-        scores = scores.mT if group["transposed"] else scores
+        scores = self._seen(scores, parameter, group)
         pattern = ramped(self._pattern(group), self.schedule.sparsity_reached(step.number))
-        matrices = scores.reshape(-1, *scores.shape[-2:])
-        mask = torch.stack([keep_mask(matrix, pattern) for matrix in matrices]).view(scores.shape)
-        return mask.mT.contiguous() if group["transposed"] else mask
+        masks = [keep_mask(matrix, pattern) for matrix in _matrices(scores)]
+        mask = torch.stack(masks).view(scores.shape) if masks else torch.zeros_like(scores, dtype=torch.bool)
+        mask = mask.mT.contiguous() if group["transposed"] else mask
+        return shards.part(mask, parameter) if self._gathers(parameter, group) else mask
+
+    def _seen(self, values: Tensor, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        """(..., R, C) as the pattern sees it: this process's rows, or all where it must see all."""
+        if self._gathers(parameter, group):
+            values = shards.whole(shards.like(values, parameter))
+        return values.mT if group["transposed"] else values
+
+    def _gathers(self, parameter: Tensor, group: dict[str, Any]) -> bool:
+        """Whether a choice needs more than the rows at hand. The matrices of a stack are never cut."""
+        rows_alone = by_rows(self._pattern(group)) and not group["transposed"]
+        return parameter.ndim == 2 and shards.is_split(parameter) and not rows_alone
 
     def _pattern(self, group: dict[str, Any]) -> Pattern:
         return pattern_from_dict(group["pattern"])
@@ -193,15 +257,22 @@ class SparseAdamW(Optimizer):
         held = self._held(parameter)
         dense = self.method in DENSE_UNTIL_FROZEN and not self.schedule.frozen(group["step"] + 1)
         if held.keep is not None and not dense:
-            parameter.copy_(masked(held))
-        elif held.W.data_ptr() != parameter.data_ptr():
-            parameter.copy_(held.W)
+            local(parameter).copy_(masked(held))
+        elif "master" in self.state[parameter]:
+            local(parameter).copy_(held.W)
+
+    @torch.no_grad()
+    def rewrite(self) -> None:
+        """Write the weights that the model is to compute with once more, after a change of masters or masks."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._write(parameter, group)
 
     # --------------------------------------------------------------------------------------------------------- the end
 
     @torch.no_grad()
     def project(self) -> None:
-        """Set every pruned weight to zero, in the master too, and hold the model to its patterns.
+        """Set every pruned weight to zero, in the master too, and hold the model to its patterns. All, together.
 
         Raises RuntimeError where a mask breaks its pattern: the sparsity had not risen to its end, for one.
         """
@@ -211,18 +282,16 @@ class SparseAdamW(Optimizer):
                     continue
                 held = self._held(parameter)
                 held.W.copy_(masked(held))
-                parameter.copy_(held.W)
+                local(parameter).copy_(held.W)
                 self._check(parameter, group)
 
     def _check(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        kept = parameter != 0
-        kept = kept.mT if group["transposed"] else kept
-        for number, matrix in enumerate(kept.reshape(-1, *kept.shape[-2:])):
+        for number, matrix in enumerate(_matrices(self._seen(local(parameter) != 0, parameter, group))):
             if broken := check_mask(matrix, self._pattern(group)):
                 raise RuntimeError(f"matrix {number} of a parameter of shape {tuple(parameter.shape)}: {broken}")
 
     def flip_rate(self) -> float:
-        """Share of all masks that the last refresh changed: near 0 they have settled."""
+        """Share of all masks that the last refresh changed: near 0 they have settled. Any process may ask alone."""
         states = [state for state in self.state.values() if "mask" in state]
         total = sum(state["mask"].numel() for state in states)
         return sum(float(state["flips"]) * state["mask"].numel() for state in states) / total if total else 0.0
@@ -246,3 +315,8 @@ def left_over(optimizer: SparseAdamW) -> float:
             pruned = state["master"][~state["mask"]]
             total, count = total + float(pruned.abs().sum(dtype=torch.float64)), count + pruned.numel()
     return total / max(count, 1)
+
+
+def _matrices(values: Tensor) -> list[Tensor]:
+    """Those of a stack (..., R, C); none where a process holds no row."""
+    return list(values.unsqueeze(0).flatten(0, -3)) if values.numel() else []

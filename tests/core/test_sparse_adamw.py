@@ -149,5 +149,5 @@ def test_decay_without_a_scale():
 def test_metrics_and_flips():
     held = Weights(torch.tensor([[1.0, -2.0]]), torch.zeros(1, 2), torch.tensor([[9.0, 1.0]]))
     assert by_fisher(held, Step(1, lr=0.1)).tolist() == [[9.0, 4.0]]
-    assert flipped(KEEP, ~KEEP) == 1
+    assert flipped(KEEP, ~KEEP) == KEEP.numel()
     assert flipped(KEEP, KEEP) == 0
