@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.core.moments import ColumnNorms, Gram, Moments, inputs_of
-from secateur.core.pattern import Pattern, Stacked
+from secateur.core.pattern import Pattern, Stacked, by_rows
 from secateur.core.plan import Target
 from secateur.core.solver import LayerSolver, Needs, Pruned, relative_error
 from secateur.errors import ModelError

@@ -9,7 +9,7 @@
 
 ``tensors`` holds "NAME.master", "NAME.exp_avg", "NAME.exp_avg_sq" (float32) and "NAME.mask" (bool) of every parameter,
 whole; the master of a float32 parameter without a pattern is the parameter itself, so trained weights need no second
-file. ``numbers`` is JSON: the method, the options of every group, and each matrix's decay and flips. Nothing is rounded.
+file. ``numbers`` is JSON: the method, the options of every group, each matrix's decay and flips. Nothing is rounded.
 
 One tensor at a time is whole on the devices; all are in the first process's memory: 13 bytes a weight, 12 without mask.
 """

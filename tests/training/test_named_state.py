@@ -1,4 +1,4 @@
-"""A state by names: through a file and back into another model, bit for bit; refused where it is of another training."""
+"""A state by names goes through a file into another model, bit for bit; that of another training is refused."""
 
 import json
 import re

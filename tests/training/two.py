@@ -45,8 +45,8 @@ class Odd(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         for name, shape in (
-            ("uneven", (7, 16)), ("one_row", (1, 16)), ("matrix", (5, 16)), ("tiles", (6, 16)), ("stored_over", (16, 5)),
-            ("stack", (3, 2, 16)), ("one_expert", (1, 4, 16)), ("bias", (1,)),
+            ("uneven", (7, 16)), ("one_row", (1, 16)), ("matrix", (5, 16)), ("tiles", (6, 16)),
+            ("stored_over", (16, 5)), ("stack", (3, 2, 16)), ("one_expert", (1, 4, 16)), ("bias", (1,)),
         ):  # fmt: skip
             parameter = nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
             self.register_parameter(name, parameter)
