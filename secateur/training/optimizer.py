@@ -239,8 +239,8 @@ class SparseAdamW(Optimizer):
 
     def _gathers(self, parameter: Tensor, group: dict[str, Any]) -> bool:
         """Whether a choice needs more than the rows at hand. The matrices of a stack are never cut."""
-        rows_alone = by_rows(self._pattern(group)) and not group["transposed"]
-        return parameter.ndim == 2 and shards.is_split(parameter) and not rows_alone
+        cut = parameter.ndim == 2 and shards.is_split(parameter)
+        return cut and (group["transposed"] or not by_rows(self._pattern(group)))
 
     def _pattern(self, group: dict[str, Any]) -> Pattern:
         return pattern_from_dict(group["pattern"])
@@ -264,6 +264,7 @@ class SparseAdamW(Optimizer):
     @torch.no_grad()
     def rewrite(self) -> None:
         """Write the weights that the model is to compute with once more, after a change of masters or masks."""
+        self.begin()
         for group in self.param_groups:
             for parameter in group["params"]:
                 self._write(parameter, group)
@@ -276,6 +277,7 @@ class SparseAdamW(Optimizer):
 
         Raises RuntimeError where a mask breaks its pattern: the sparsity had not risen to its end, for one.
         """
+        self.begin()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if "mask" not in self.state[parameter]:

@@ -155,6 +155,13 @@ def test_begin_makes_sparse_what_was_dense():
     assert third.count_nonzero() == 4
 
 
+@pytest.mark.parametrize("write", [SparseAdamW.project, SparseAdamW.rewrite])
+def test_whoever_writes_weights_begins(write):
+    weight, optimizer = late(begin=False)
+    write(optimizer)
+    assert weight.count_nonzero() == 16
+
+
 def test_a_step_before_the_beginning():
     weight, optimizer = late(begin=False)
     weight.grad = torch.ones_like(weight)

@@ -61,7 +61,7 @@ def odd_groups(model):
         {"params": [model.uneven, model.one_row], "pattern": NM(2, 4)},
         {"params": [model.matrix, model.stack, model.one_expert], "pattern": Unstructured(0.6)},
         {"params": [model.tiles], "pattern": Block(0.5, 2, 4)},
-        {"params": [model.stored_over], "pattern": NM(2, 4), "transposed": True},
+        {"params": [model.stored_over], "pattern": NM(6, 16), "transposed": True},  # no process holds a whole group
         {"params": [model.bias]},
     ]
 
