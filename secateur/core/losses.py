@@ -3,7 +3,7 @@
 Logits of T tokens over a vocabulary of V are the largest tensors of a training step: at V = 128,256 and T = 8,192 the
 student's, the teacher's and their gradients take 17 GB in float32. Here the heads are applied to ``chunk`` tokens at a
 time, in forward and, computed once more, in backward, so that memory is chunk * V and does not grow with T; the extra
-cost is one product with each head.
+cost, where T is more than one chunk, is one product with each head.
 
     L = alpha T² KL(teacher | student) at temperature T + (1 - alpha) cross entropy     (AST, arXiv:2407.20584, Eq. 4)
 
@@ -16,16 +16,20 @@ T = tokens, D = hidden size, V = vocabulary, k = teacher logits that a cache kep
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
 """Target of a token that has none: padding, the last of a row."""
+
+PIECE = 1 << 18
+"""Logits that are worked on at one time: 1 MB in float32, so that a dozen such tensors stay in a core's cache."""
 
 Divergence = Callable[[Float[Tensor, "T V"], Float[Tensor, "T V"]], Float[Tensor, " T"]]
 """(Log probabilities of the student, of the teacher) -> divergence of every token, in nats."""
@@ -92,18 +96,24 @@ Taught = Callable[[int, int], Float[Tensor, "T V"]]
 def distill(
     hidden: Float[Tensor, "T D"], head: Head, targets: Int[Tensor, " T"], taught: Taught, options: Distillation
 ) -> Losses:
-    """The loss of T tokens, chunk by chunk; gradients reach ``hidden`` and the head's parameters."""
-    mixed, apart, crossed = hidden.new_zeros((), dtype=torch.float32), [], []
-    count = int((targets != IGNORED).sum())
-    for start in range(0, len(hidden), options.chunk):
+    """The loss of T tokens, chunk by chunk; gradients reach ``hidden`` and the head's parameters.
+
+    Where all tokens fit one chunk, the heads are applied once; else once more in backward.
+    """
+    starts = range(0, len(hidden), options.chunk)
+    sums = partial(checkpoint, _sums, use_reentrant=False) if len(starts) > 1 else _sums
+    totals: list[_Sums] = []
+    for start in starts:
         stop = min(start + options.chunk, len(hidden))
-        given = (hidden[start:stop], head, targets[start:stop], partial(taught, start, stop), options)
-        divergence, entropy = checkpoint(_sums, *given, use_reentrant=False)  # pyright: ignore[reportGeneralTypeIssues]
-        mixed = mixed + options.alpha * options.temperature**2 * divergence + (1 - options.alpha) * entropy
-        apart.append(divergence.detach())
-        crossed.append(entropy.detach())
+        totals.append(sums(hidden[start:stop], head, targets[start:stop], partial(taught, start, stop), options))  # pyright: ignore
+    mixed, apart, entropy = (torch.stack(parts).sum() for parts in zip(*totals, strict=True))
+    count = int((targets != IGNORED).sum())
     n = max(count, 1)
-    return Losses(mixed / n, torch.stack(apart).sum() / n, torch.stack(crossed).sum() / n, count)
+    return Losses(mixed / n, apart.detach() / n, entropy.detach() / n, count)
+
+
+_Sums = tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]
+"""Sums over tokens with a target: what is differentiated, divergence at the temperature, cross entropy at 1."""
 
 
 def _sums(
@@ -112,14 +122,58 @@ def _sums(
     targets: Int[Tensor, " T"],
     taught: Callable[[], Float[Tensor, "T V"]],
     options: Distillation,
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """(Divergence at the temperature, cross entropy at 1) of one chunk, summed over tokens with a target."""
-    logits = head(hidden).float()
-    entropy = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+) -> _Sums:
     with torch.no_grad():
-        teacher = _log_p(taught().float(), options.temperature)
-    apart = DIVERGENCES[options.divergence](_log_p(logits, options.temperature), teacher)
-    return (apart * (targets != IGNORED)).sum(), entropy
+        teacher = taught()
+    return _InPieces.apply(head(hidden), teacher, targets, options)  # pyright: ignore[reportReturnType]
+
+
+class _InPieces(torch.autograd.Function):
+    """The sums of a chunk and the gradient at its logits, both in one pass, PIECE logits at a time.
+
+    A dozen elementwise operations on all logits of a chunk wait for memory; on a piece they stay in the cache. Only
+    the gradient is kept for backward, in the logits' own type.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Float[Tensor, "T V"], teacher: Float[Tensor, "T V"], targets: Tensor, options: Distillation
+    ) -> _Sums:
+        wanted = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(logits) if wanted else None
+        totals = torch.zeros(3, device=logits.device)
+        rows = max(1, PIECE // logits.shape[1])
+        for start in range(0, len(logits), rows):
+            piece = slice(start, start + rows)
+            own = logits[piece].detach().float().requires_grad_(wanted)
+            with torch.enable_grad(), saved_tensors_hooks(_same, _same):  # not checkpoint's, which would begin again
+                sums = _piece_sums(own, teacher[piece].float(), targets[piece], options)
+            if gradient is not None:
+                gradient[piece] = torch.autograd.grad(sums[0], own)[0]
+            totals += torch.stack(sums).detach()
+        ctx.save_for_backward(gradient)
+        mixed, apart, entropy = totals.unbind()
+        ctx.mark_non_differentiable(apart, entropy)
+        return mixed, apart, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Float[Tensor, ""]) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0], None, None, None
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _piece_sums(
+    own: Float[Tensor, "T V"], teacher: Float[Tensor, "T V"], targets: Int[Tensor, " T"], options: Distillation
+) -> _Sums:
+    temperature = options.temperature
+    entropy = F.cross_entropy(own, targets, ignore_index=IGNORED, reduction="sum")
+    apart = DIVERGENCES[options.divergence](_log_p(own, temperature), _log_p(teacher, temperature))
+    apart = (apart * (targets != IGNORED)).sum()
+    return options.alpha * temperature**2 * apart + (1 - options.alpha) * entropy, apart, entropy
 
 
 def _log_p(logits: Float[Tensor, "T V"], temperature: float) -> Float[Tensor, "T V"]:

@@ -28,11 +28,12 @@ from torch import Tensor
 from secateur.errors import ArtefactError
 from secateur.models.durable import admit, durable, locked
 from secateur.training.loop import Loop, StepRecord
+from secateur.training.named_state import deal_state, gather_state
 
 SUFFIX = ".unfinished"
 STATE, RECORDS = "state.json", "records.jsonl"
 RANDOM = "random state"
-PARAMETER = "parameter"
+"""Name of the generator's state among the tensors; no parameter has a space in its name."""
 
 
 class Checkpoints:
@@ -96,30 +97,18 @@ def read_steps(path: Path) -> list[StepRecord]:
 
 
 def loop_state(loop: Loop) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Everything that the next step depends on: tensors by the parameter's name, and numbers."""
-    optimizer = loop.optimizer
-    tensors = {RANDOM: torch.get_rng_state()}
-    for name, parameter in loop.learner.student.named_parameters():
-        state = optimizer.state[parameter]
-        held = {PARAMETER: parameter.detach(), **state} if "master" not in state else state
-        tensors |= {f"{name}.{key}": value.contiguous() for key, value in held.items()}
-    groups = [group["step"] for group in optimizer.param_groups]
-    return tensors, {"step": loop.step, "skipped": loop.skipped, "groups": groups}
+    """Everything that the next step depends on: tensors, and numbers. In all processes; the first one's are whole."""
+    tensors, trained = gather_state(loop.optimizer, loop.learner.student.named_parameters())
+    numbers = {"step": loop.step, "skipped": loop.skipped, "optimizer": trained}
+    return {**tensors, RANDOM: torch.get_rng_state()}, numbers
 
 
 def restore_loop(loop: Loop, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-    """Take a ``loop_state`` back."""
+    """Take a ``loop_state`` back. In all processes; what the first one passes counts."""
+    trained = {name: tensor for name, tensor in tensors.items() if name != RANDOM}
+    deal_state(loop.optimizer, loop.learner.student.named_parameters(), trained, numbers["optimizer"])
     torch.set_rng_state(tensors[RANDOM])
     loop.step, loop.skipped = numbers["step"], numbers["skipped"]
-    for group, step in zip(loop.optimizer.param_groups, numbers["groups"], strict=True):
-        group["step"] = step
-    with torch.no_grad():
-        for name, parameter in loop.learner.student.named_parameters():
-            for key, held in loop.optimizer.state[parameter].items():
-                held.copy_(tensors[f"{name}.{key}"])
-            if (own := tensors.get(f"{name}.{PARAMETER}")) is not None:
-                parameter.copy_(own)
-    loop.optimizer.write()
 
 
 @contextmanager

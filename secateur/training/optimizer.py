@@ -245,13 +245,6 @@ class SparseAdamW(Optimizer):
     def _pattern(self, group: dict[str, Any]) -> Pattern:
         return pattern_from_dict(group["pattern"])
 
-    @torch.no_grad()
-    def write(self) -> None:
-        """Make every parameter what its state says, after the state was put back from somewhere."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self._write(parameter, group)
-
     def _write(self, parameter: Tensor, group: dict[str, Any]) -> None:
         """The parameter becomes what the model is to compute with."""
         held = self._held(parameter)
