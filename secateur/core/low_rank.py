@@ -3,7 +3,8 @@
 Two ways to begin. ``group_mean`` is SLoRB's (AST, arXiv:2407.20584): X sums groups of k consecutive inputs and is a
 constant, S holds the means of what was pruned from each group, which keeps every group's sum of weights; it is to be
 trained. ``weighted_fit`` needs no training: the best branch of its rank for the inputs that were seen (EoRA,
-arXiv:2410.21271), a truncated singular value decomposition of the lost weights in the metric of H.
+arXiv:2410.21271), a truncated singular value decomposition of the lost weights in the metric of H. ``residual_fit`` is
+the same for a loss that is no weight: whatever the output lacks on these inputs (reduced-rank regression).
 
 Neither can be folded into a sparse W. ``Branch.share`` says what it costs: at rank C / 16 and 2:4 a quarter as many
 numbers as survive in a square W.
@@ -59,10 +60,30 @@ def weighted_fit(lost: Float[Tensor, "R C"], H: Float[Tensor, "C C"], rank: int,
     With H' = L Lᵀ that is |(lost - S X) L|², so S X L is the truncated SVD of lost L (Eckart and Young). Raises
     ValueError for a rank that lost cannot have. Cost: C³ / 3 + R C² and an SVD of R x C.
     """
-    most = min(lost.shape)
-    if not 1 <= rank <= most:
-        raise ValueError(f"the rank must lie in 1..{most} for a matrix of {tuple(lost.shape)}, got {rank}")
+    _check_rank(lost, rank)
     L = cholesky(H, damp).L
-    U, sigma, Vt = torch.linalg.svd(lost @ L, full_matrices=False)
+    return _truncated(lost @ L, L, rank)
+
+
+def residual_fit(residual: Float[Tensor, "R C"], H: Float[Tensor, "C C"], rank: int, damp: float = 0.01) -> Branch:
+    """argmin over rank r of E|e - S X x|² + ridge |S X|², where residual = E[e xᵀ], ridge = damp mean(diag H).
+
+    The error E|e - S X x|² is never larger than E|e|². With H' = H + ridge I = L Lᵀ it is |residual L⁻ᵀ - S X L|² but
+    for a constant, the rule of ``weighted_fit`` for lost = residual H'⁻¹; raises and costs as that does.
+    """
+    _check_rank(residual, rank)
+    L = cholesky(H, damp).L
+    return _truncated(torch.linalg.solve_triangular(L, residual.T, upper=False).T, L, rank)
+
+
+def _check_rank(M: Float[Tensor, "R C"], rank: int) -> None:
+    most = min(M.shape)
+    if not 1 <= rank <= most:
+        raise ValueError(f"the rank must lie in 1..{most} for a matrix of {tuple(M.shape)}, got {rank}")
+
+
+def _truncated(M: Float[Tensor, "R C"], L: Float[Tensor, "C C"], rank: int) -> Branch:
+    """The S and X of their rank for which S X L is nearest to M."""
+    U, sigma, Vt = torch.linalg.svd(M, full_matrices=False)
     X = torch.linalg.solve_triangular(L, Vt[:rank], upper=False, left=False)
     return Branch(U[:, :rank] * sigma[:rank], X)

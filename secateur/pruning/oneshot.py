@@ -22,6 +22,7 @@ from secateur.models.offload import at_hand
 from secateur.pruning.closed import closed
 from secateur.pruning.hidden import Hidden
 from secateur.pruning.layerwise import layerwise
+from secateur.pruning.low_rank import compensate, dense_copy
 from secateur.pruning.paper import paper
 from secateur.pruning.ranks import Ranks
 from secateur.pruning.records import BlockRecord, RoundRecord
@@ -60,15 +61,17 @@ def prune_blocks(
     method: Method,
     options: RunOptions,
     state: State | None = None,
+    low_rank: int = 0,
 ) -> Iterator[Finished]:
     """Prune the planned linears of ``adapter.model`` in place, block by block, in order.
 
     ``windows`` are calibration rows of token ids, this process's share of them where several prune together. ``state``
-    goes on with a run whose first blocks are already pruned in the model. A block whose weights lie on disk is in
+    goes on with a run whose first blocks are already pruned in the model. With ``low_rank`` every pruned linear gets a
+    branch of that rank, which stays attached to the model (``models.branches``). A block whose weights lie on disk is in
     memory until the next one is asked for. Raises NumericalError where more than a tenth of the rows turn non-finite,
     ModelError where a block's structure is refused.
     """
-    if method.needs == "nothing":  # structure is observed all the same, on a few tokens
+    if method.needs == "nothing" and not low_rank:  # structure is observed all the same, on a few tokens
         windows = windows[:1, :PROBE_TOKENS]
     first, hidden = state or State(0, first_hidden(adapter, windows, options))
     last = max((i for i, name in enumerate(adapter.block_names) if block_targets(plan, name)), default=-1)
@@ -77,7 +80,7 @@ def prune_blocks(
         work = Work(adapter, index, hidden, block_targets(plan, name), options)
         with at_hand(work.block):
             work.block.to(options.device)
-            error, refined = (None, None) if not work.targets else prune_and_measure(work, method)
+            error, refined = (None, None) if not work.targets else prune_and_measure(work, method, low_rank)
             hidden = propagate(work) if not work.targets and index < last else work.hidden
             work.block.to("cpu")
             check_rows(name, len(windows), hidden, options.ranks)
@@ -92,11 +95,14 @@ def first_hidden(adapter: DecoderAdapter, windows: Int[Tensor, "rows S"], option
     return Hidden(options.budget, (adapter.first_hidden(rows).to("cpu") for rows in windows.split(options.batch)))
 
 
-def prune_and_measure(work: Work, method: Method) -> tuple[float | None, Refined | None]:
+def prune_and_measure(work: Work, method: Method, low_rank: int) -> tuple[float | None, Refined | None]:
     """Prune one block, move its hidden states on; the share of its work that is lost, and its FFN's iterates."""
     inputs = work.hidden.parted(ERROR_ROWS)[0]
     sample = [work.run(rows) for rows in inputs]
+    dense = dense_copy(work) if low_rank else None
     refined = prune_one(work, method)
+    if dense is not None:
+        compensate(work, dense, low_rank)
     work.hidden = propagate(work)
     outputs = work.hidden.parted(ERROR_ROWS)[0]
     return (None if work.dropped else lost_work(inputs, sample, outputs)), refined

@@ -9,6 +9,17 @@ from secateur.core.moments import Inputs
 
 
 @dataclass(frozen=True)
+class BranchRecord:
+    """The low-rank branch beside a pruned linear."""
+
+    rank: int
+    numbers: int
+    """In both factors."""
+    returned: float
+    """Of the energy of what the output lacked on the calibration, the share that the branch gives back: 1 is all."""
+
+
+@dataclass(frozen=True)
 class LinearRecord:
     """One pruned linear."""
 
@@ -22,6 +33,8 @@ class LinearRecord:
     note: str = ""
     inputs: Inputs | None = None
     """What is known of the inputs; None where the method looks at none."""
+    branch: BranchRecord | None = None
+    """None where no branch was asked for."""
 
 
 @dataclass(frozen=True)

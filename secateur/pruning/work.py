@@ -26,7 +26,7 @@ from secateur.models.experts import ExpertLinear
 from secateur.models.layout import FeedForwardForm, Layout, observe
 from secateur.pruning.hidden import Budget, Hidden
 from secateur.pruning.ranks import ALONE, Ranks, pattern_of_rows
-from secateur.pruning.records import LinearRecord, RoundRecord
+from secateur.pruning.records import BranchRecord, LinearRecord, RoundRecord
 
 PROBE_TOKENS = 64
 """Tokens on which the structure of a block is observed."""
@@ -117,12 +117,12 @@ class Work:
     def call(self, rows: Float[Tensor, "B S D"]) -> Call:
         return self.adapter.calls(rows.shape[0], rows.shape[1])[self.index].to(self.options.device)
 
-    def run(self, rows: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
-        """Output of the block for one chunk, back in host memory."""
+    def run(self, rows: Float[Tensor, "B S D"], block: nn.Module | None = None) -> Float[Tensor, "B S D"]:
+        """Output of the block, or of another in its place, for one chunk, back in host memory."""
         rows = rows.to(self.options.device)
         rounded = self.options.precision == "bfloat16" and rows.dtype == torch.float32
         with torch.autocast(rows.device.type, torch.bfloat16, enabled=rounded):
-            return self.adapter.replay(self.block, rows, self.call(rows)).to("cpu", rows.dtype)
+            return self.adapter.replay(block or self.block, rows, self.call(rows)).to("cpu", rows.dtype)
 
     def combine(self, moments: Moments) -> None:
         """Sums over tokens become those of all processes."""
@@ -160,7 +160,7 @@ class Work:
         self.hidden = kept
 
     def watched(
-        self, rows: Float[Tensor, "B S D"], watchers: Mapping[nn.Module, Watcher]
+        self, rows: Float[Tensor, "B S D"], watchers: Mapping[nn.Module, Watcher], block: nn.Module | None = None
     ) -> tuple[Tensor, dict[nn.Module, Tensor]]:
         """Output of one chunk, and what the watched modules were given."""
         seen: dict[nn.Module, Tensor] = {}
@@ -168,7 +168,7 @@ class Work:
             watchable(self.experts) if any(isinstance(m, ExpertLinear) for m in watchers) else nullcontext(),
             watching({module: partial(seen.__setitem__, module) for module in watchers}),
         ):
-            return self.run(rows), seen
+            return self.run(rows, block), seen
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -213,6 +213,11 @@ class Work:
             full_name = f"{self.adapter.block_names[self.index]}.{name}"
             record = self.records[full_name]
             self.records[full_name] = replace(record, note="; ".join(filter(None, (record.note, note))))
+
+    def branched(self, name: str, branch: BranchRecord) -> None:
+        """A linear that is pruned has got a branch."""
+        full_name = f"{self.adapter.block_names[self.index]}.{name}"
+        self.records[full_name] = replace(self.records[full_name], branch=branch)
 
     def stacked(self, linears: tuple[str, ...]) -> tuple[Float[Tensor, "R C"], Stacked]:
         """Weights and patterns of linears that share their input."""
