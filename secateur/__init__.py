@@ -12,20 +12,31 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from secateur.api import evaluate, prune, train
+    from secateur.api import evaluate, load_pruned, prune, train
     from secateur.config import PruneConfig
     from secateur.planning import PlanReport, plan
     from secateur.train_config import TrainConfig
 
     __version__: str
 
-__all__ = ["PlanReport", "PruneConfig", "TrainConfig", "__version__", "evaluate", "plan", "prune", "train"]
+__all__ = [
+    "PlanReport",
+    "PruneConfig",
+    "TrainConfig",
+    "__version__",
+    "evaluate",
+    "load_pruned",
+    "plan",
+    "prune",
+    "train",
+]
 
 _HOMES = {
     "PruneConfig": "secateur.config",
     "PlanReport": "secateur.planning",
     "TrainConfig": "secateur.train_config",
     "evaluate": "secateur.api",
+    "load_pruned": "secateur.api",
     "plan": "secateur.planning",
     "prune": "secateur.api",
     "train": "secateur.api",

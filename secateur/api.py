@@ -19,7 +19,7 @@ import torch
 from secateur.config import Device, Dtype, PruneConfig
 from secateur.data.sources import Texts, read_texts
 from secateur.evaluation.perplexity import PerplexityResult, evaluate_text
-from secateur.models.load import Loaded
+from secateur.models.load import Loaded, load
 from secateur.models.offload import is_offloaded
 from secateur.models.save import refuse_occupied
 from secateur.pruning.ranks import launched
@@ -30,7 +30,7 @@ from secateur.report.progress import Progress
 from secateur.runs import PruneResult, Run, open_model, resolve_device
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from secateur.runs import Source
     from secateur.train_config import TrainConfig
@@ -70,6 +70,18 @@ def prune(
 def _reopened(out: Path, report: dict[str, Any], watch: Stopwatch) -> PruneResult:
     loaded = open_model(out, None, "auto", watch)
     return PruneResult(loaded.model, loaded.tokenizer, read_records(out / "secateur"), report)
+
+
+def load_pruned(
+    directory: str | os.PathLike[str], *, dtype: Dtype = "auto"
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """The model and tokenizer that ``prune`` saved, ready to generate, low-rank branches attached where there are any.
+
+    ``from_pretrained`` opens the same directory without its branches. ModelError where nothing usable lies there.
+    """
+    loaded = load(os.fspath(directory), dtype=dtype)
+    loaded.model.config.use_cache = True
+    return loaded.model, loaded.tokenizer
 
 
 # ---- training

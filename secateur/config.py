@@ -57,6 +57,9 @@ class PruneConfig:
     """Tokens in each window."""
     seed: int = 0
     """Chooses the windows. The same recipe gives the same bytes."""
+    low_rank: int = 0
+    """Rank of a branch beside every pruned linear, fitted to what its output lacks and never trained; 0 = none. Saved
+    apart from the weights, in ``low_rank/``."""
     blocks: str = "all"
     """Which decoder blocks: all, first-half, or A:B (from A up to but without B, counted from 0)."""
     include: tuple[str, ...] = ()
@@ -79,7 +82,7 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         make_pattern(self.pattern, self.sparsity)
-        least = {"samples": 1, "seq_len": 2, "seed": 0, "batch": 1, "hidden_memory": 0}
+        least = {"samples": 1, "seq_len": 2, "seed": 0, "batch": 1, "hidden_memory": 0, "low_rank": 0}
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
@@ -91,6 +94,11 @@ class PruneConfig:
     def target(self) -> Pattern:
         """The pattern asked for, as a value."""
         return make_pattern(self.pattern, self.sparsity)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether anything but the weights decides: the method, or branches that are fitted to outputs."""
+        return self.method.needs != "nothing" or self.low_rank > 0
 
     def block_range(self, total: int) -> range:
         """The chosen blocks of a model that has ``total``."""

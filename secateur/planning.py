@@ -20,10 +20,13 @@ import psutil
 import torch
 
 from secateur.config import PruneConfig
+from secateur.core.pattern import VALUE_BITS, bits_per_weight
+from secateur.core.plan import Plan
 from secateur.core.sparsellm import SparseLLM
 from secateur.data.sources import KNOWN, parse_hub, read_texts
 from secateur.data.tokens import check_seq_len
 from secateur.models.adapter import DecoderAdapter
+from secateur.models.branches import attached, refuse_branches
 from secateur.models.load import Loaded
 from secateur.models.offload import stays_on_disk
 from secateur.models.outline import Outline, outline
@@ -36,7 +39,7 @@ from secateur.pruning.selection import Selection, linear_shapes
 from secateur.pruning.shapes import BlockShape, Routed, Run, Shared
 from secateur.pruning.work import check_whole
 from secateur.report.progress import Progress, Silent
-from secateur.report.runtimes import ALTERNATIVES, bits_per_weight, runtimes_for, warnings_for
+from secateur.report.runtimes import ALTERNATIVES, runtimes_for, warnings_for
 from secateur.runs import resolve_device, resolve_precision, select_linears, with_text_needed
 
 if TYPE_CHECKING:
@@ -50,6 +53,7 @@ NOTES = (
     "roles of the linears are taken from shapes and order; the FFN's form is verified when pruning begins",
     "time without reading and tokenizing the text; rounds of closed mode may end early",
 )
+FITS = "time without the singular values behind the branches: R x C of them for every linear"
 EVENLY = "experts are counted as if the router spread the tokens evenly"
 
 
@@ -158,6 +162,7 @@ def subject_of(model: "Source", config: PruneConfig) -> Iterator[Subject]:
         with bones.adapter() as adapter:
             yield Subject(adapter, bones.source, bones.dtype, bones.file_bytes, bones.gguf)
         return
+    refuse_branches(attached(model.model if isinstance(model, Loaded) else model), "this model")
     source = model.source if isinstance(model, Loaded) else model.name_or_path or type(model).__name__
     held = model.model if isinstance(model, Loaded) else model
     yield Subject(DecoderAdapter(held), source, held.dtype, None, False)
@@ -219,7 +224,7 @@ def report(
     subject: Subject, config: PruneConfig, selection: Selection, shapes: list[BlockShape], run: Run, rates: Rates
 ) -> PlanReport:
     stages = stage_rows(shapes, config, run, rates)
-    held = memory(subject, config, selection.plan.size, shapes, run)
+    held = memory(subject, config, selection.plan, shapes, run)
     chosen, pattern = selection.plan, config.target
     model = subject.adapter.model
     return PlanReport(
@@ -243,7 +248,11 @@ def report(
         result=result(subject, selection, config),
         runtimes=[row.to_dict() for row in runtimes_for(pattern)],
         warnings=warnings_for(pattern, subject.parameters) + unknown_roles(shapes, config),
-        notes=[*NOTES, *([EVENLY] if any(shape.experts for shape in shapes) else [])],
+        notes=[
+            *NOTES,
+            *([EVENLY] if any(shape.experts for shape in shapes) else []),
+            *([FITS] if config.low_rank else []),
+        ],
     )
 
 
@@ -275,7 +284,9 @@ def stage_rows(shapes: list[BlockShape], config: PruneConfig, run: Run, rates: R
     last = max(index for index, shape in enumerate(shapes) if shape.planned)
     for shape in shapes[: last + 1]:
         one = (
-            block_stages(shape, config.method, run) if shape.planned else {"propagate": forward(shape, run.tokens, run)}
+            block_stages(shape, config.method, run, config.low_rank)
+            if shape.planned
+            else {"propagate": forward(shape, run.tokens, run)}
         )
         for name, cost in one.items():
             total[name] = total.get(name, Cost()) + cost
@@ -299,7 +310,7 @@ def total_seconds(
 
 
 def memory(
-    subject: Subject, config: PruneConfig, weights: int, shapes: list[BlockShape], run: Run
+    subject: Subject, config: PruneConfig, plan: Plan, shapes: list[BlockShape], run: Run
 ) -> dict[str, dict[str, float]]:
     """Peaks of host, device and disk, where the result goes to a directory.
 
@@ -308,7 +319,11 @@ def memory(
     blocks, the hidden states twice while those of the next block replace them, and what finds no room in memory.
     """
     parts = max(
-        (footprint(shape, config.method, run, subject.dtype.itemsize) for shape in shapes if shape.planned),
+        (
+            footprint(shape, config.method, run, subject.dtype.itemsize, config.low_rank)
+            for shape in shapes
+            if shape.planned
+        ),
         key=lambda f: f.hidden + f.work,
     )
     lazy = stays_on_disk(config.offload, subject.file_bytes or 0, gguf=subject.gguf)
@@ -321,9 +336,10 @@ def memory(
     host |= {"hidden": kept, **near}
     device = {} if config.device == "cpu" else named
     loading = sum(list(host.values())[:2]) + subject.unpacking
+    branches = branch_numbers(plan, config.low_rank) * subject.dtype.itemsize
     disk = {
-        "model": float(subject.bytes),
-        "finished blocks": float(weights * subject.dtype.itemsize),
+        "model": float(subject.bytes + branches),
+        "finished blocks": float(plan.size * subject.dtype.itemsize + branches),
         "hidden states": 2 * state,
         "spilled": waiting - kept,
     }
@@ -338,12 +354,20 @@ def result(subject: Subject, selection: Selection, config: PruneConfig) -> dict[
     """Sizes: as saved (zeros stored), as a mask and 16-bit values, and what dense formats would take."""
     bits, weights = bits_per_weight(config.target), selection.plan.size
     storages = {"saved, zeros stored": 8.0 * subject.dtype.itemsize, "mask and 16 bit values": bits, **ALTERNATIVES}
+    numbers = branch_numbers(selection.plan, config.low_rank)
+    if numbers:
+        storages["mask, 16 bit values, branches"] = bits + VALUE_BITS * numbers / weights
     rest = (subject.parameters - weights) * 2
     return {
         "bits_per_weight": storages,
         "bytes": {name: rest + weights * per / 8 for name, per in storages.items()}
-        | {"saved, zeros stored": subject.bytes},
+        | {"saved, zeros stored": subject.bytes + numbers * subject.dtype.itemsize},
     }
+
+
+def branch_numbers(plan: Plan, rank: int) -> int:
+    """In the factors of all branches."""
+    return sum(rank * sum(target.shape) for target in plan.values())
 
 
 def unknown_roles(shapes: list[BlockShape], config: PruneConfig) -> list[str]:

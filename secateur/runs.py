@@ -14,16 +14,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from secateur.config import Device, Dtype, Precision, PruneConfig, config_from_dict, dump_recipe
+from secateur.core.pattern import VALUE_BITS, bits_per_weight
 from secateur.core.plan import Plan
 from secateur.data.sources import Texts, read_texts
 from secateur.data.tokens import check_seq_len, sample_windows, tokenize
 from secateur.errors import ArtefactError, DeviceError, UsageError
 from secateur.evaluation.inspect import inspect
 from secateur.models.adapter import DecoderAdapter
+from secateur.models.branches import attached, refuse_branches
 from secateur.models.load import Loaded, fingerprint, load
 from secateur.models.offload import is_offloaded
 from secateur.models.save import clear_leftovers, save, staged
 from secateur.pruning.hidden import Budget
+from secateur.pruning.low_rank import check_ranks
 from secateur.pruning.oneshot import BlockRecord, RunOptions, prune_blocks
 from secateur.pruning.ranks import ALONE, Ranks
 from secateur.pruning.records import LinearRecord
@@ -86,8 +89,11 @@ class Run:
         with watch.stage("data", f"read {config.data}"):
             texts = read_texts(config.data, "calibration")
         loaded = open_model(model, tokenizer, config.dtype, watch, config.offload)
+        refuse_branches(attached(loaded.model), loaded.source)
+        if config.low_rank and is_offloaded(loaded.model):
+            raise UsageError("low_rank wants its blocks in memory, and these stay on disk; use --offload off")
         windows = _windows(loaded, texts, config)
-        if ranks.size > len(windows) and config.method.needs != "nothing":
+        if ranks.size > len(windows) and config.needs_text:
             raise UsageError(f"{ranks.size} processes for {len(windows)} samples; start fewer, or use more samples")
         adapter = DecoderAdapter(loaded.model)
         selection = select_linears(adapter, config)
@@ -113,7 +119,7 @@ class Run:
     @property
     def own_windows(self) -> torch.Tensor:
         """This process's share of the calibration; a method that needs none shows all of it to everybody."""
-        if self.config.method.needs == "nothing":
+        if not self.config.needs_text:
             return self.windows
         share = self.ranks.share(len(self.windows))
         return self.windows[share.start : share.stop]
@@ -157,7 +163,10 @@ class Run:
         precision = resolve_precision(self.config.precision, self.config.device)
         options = RunOptions(self.config.device, self.config.batch, precision, budget, self.ranks)
         with self.watch.stage("prune", f"prune, going on after {len(records)} blocks" if records else "prune"):
-            for finished in prune_blocks(self.adapter, self.own_windows, self.plan, self.config.method, options, state):
+            blocks = prune_blocks(
+                self.adapter, self.own_windows, self.plan, self.config.method, options, state, self.config.low_rank
+            )
+            for finished in blocks:
                 if work:
                     work.keep(self.adapter, self.plan, finished)
                 records.append(finished.record)
@@ -226,7 +235,7 @@ def _windows(loaded: Loaded, texts: Texts, config: PruneConfig) -> torch.Tensor:
 
 def with_text_needed(config: PruneConfig) -> PruneConfig:
     """A method that looks at weights alone gets a few tokens of the embedded text, on which structure is observed."""
-    if config.method.needs != "nothing":
+    if config.needs_text:
         return config
     return replace(config, data="embedded", samples=1, seq_len=min(config.seq_len, PROBE_TOKENS))
 
@@ -235,9 +244,12 @@ def select_linears(adapter: DecoderAdapter, config: PruneConfig | TrainConfig) -
     """What the config plans of this model; UsageError where it does not fit."""
     blocks = config.block_range(len(adapter.blocks))
     try:
-        return select(adapter, config.target, blocks, config.include, config.ignore)
+        selection = select(adapter, config.target, blocks, config.include, config.ignore)
     except ValueError as error:  # a width that the pattern does not divide
         raise UsageError(str(error)) from error
+    if config.low_rank:
+        check_ranks(adapter, selection.plan, config.low_rank)
+    return selection
 
 
 def _settled(config: PruneConfig, loaded: Loaded, device: str, total: int) -> PruneConfig:
@@ -268,12 +280,13 @@ def _report(
         "sparsity": {"requested": plan.sparsity, "achieved": zeros / plan.size},
         "linears": len(linears),
         "weights": plan.size,
+        "low_rank": _low_rank(linears, plan, loaded.model.dtype),
         "blocks": {"pruned": sum(bool(record.linears) for record in records), "total": blocks},
         "output_error": {"mean": sum(errors) / len(errors), "last": errors[-1]} if errors else None,
         "data": {
             **texts.provenance,
             "name": texts.name,
-            "needed": config.method.needs != "nothing",
+            "needed": config.needs_text,
             "samples": config.samples,
             "seq_len": config.seq_len,
         },
@@ -281,6 +294,25 @@ def _report(
         "dropped_rows": sum(record.dropped_rows for record in records),
         "warnings": notes,
         "versions": versions(),
+    }
+
+
+def _low_rank(linears: Sequence[LinearRecord], plan: Plan, dtype: torch.dtype) -> dict[str, float] | None:
+    """What the branches cost and give back; None where there are none. A number counts 16 bit in bits_per_weight."""
+    branched = [(linear, linear.branch) for linear in linears if linear.branch]
+    if not branched:
+        return None
+    numbers = sum(branch.numbers for _, branch in branched)
+    kept = sum((1 - linear.sparsity) * plan[linear.name].size for linear, _ in branched)
+    bits = sum(bits_per_weight(target.pattern) * target.size for target in plan.values())
+    return {
+        "rank": branched[0][1].rank,
+        "branches": len(branched),
+        "numbers": numbers,
+        "bytes": numbers * dtype.itemsize,
+        "share": numbers / max(kept, 1),
+        "bits_per_weight": (bits + VALUE_BITS * numbers) / plan.size,
+        "returned": sum(branch.returned for _, branch in branched) / len(branched),
     }
 
 

@@ -15,6 +15,12 @@ OPTIONS = (
     click.option("--method", help="What decides which weights go, see `secateur methods`.  [default: sparsellm]"),
     click.option("--sparsity", type=float, help="Share of zeros, 0.7 for 70 %. Not needed with an N:M pattern."),
     click.option("--pattern", help="unstructured, row, N:M (N KEPT of every M) or block:RxC.  [default: unstructured]"),
+    click.option(
+        "--low-rank",
+        type=int,
+        metavar="RANK",
+        help="Fit a branch of this rank beside each pruned linear.  [default: 0]",
+    ),
     click.option("--data", help=f"Calibration text: {DATA_HELP}  [default: c4]"),
     click.option("--samples", type=int, help="Calibration windows.  [default: 128]"),
     click.option("--seq-len", type=int, help="Tokens in each window.  [default: 2048]"),

@@ -119,6 +119,8 @@ _KINDS: dict[str, type[Unstructured] | type[NM] | type[Block]] = {
     "n:m": NM,
     "block": Block,
 }
+VALUE_BITS = 16.0
+"""Of a weight, or any other number, that is stored."""
 SAMPLE_STRIDE = 61
 """One score in so many guides the selection of the k-th largest; prime, so that no column structure is hit in step."""
 _NM_TEXT = re.compile(r"(\d+):(\d+)")
@@ -311,3 +313,15 @@ def ramped(pattern: Pattern | Stacked, progress: float) -> Pattern | Stacked:
             return pattern
         case _:
             return replace(pattern, sparsity=pattern.sparsity * (1 - (1 - progress) ** 3))
+
+
+def bits_per_weight(pattern: Pattern) -> float:
+    """16 bit for each kept weight, and where it is: a bit a weight or a tile; N:M the shorter of mask and index."""
+    kept = VALUE_BITS * (1 - pattern.sparsity)
+    match pattern:
+        case NM(n, m):
+            return kept + min(1.0, n / m * math.ceil(math.log2(m)))
+        case Block(_, rows, cols):
+            return kept + 1 / (rows * cols)
+        case _:
+            return kept + 1.0

@@ -5,7 +5,8 @@ tensor at a time, two with a baseline. Any Hugging Face directory can be inspect
 the sparsity of every matrix.
 
     {"linears": {WEIGHT NAME: {"pattern": {"kind": ...}, "transposed": bool}, ...},     transposed: stored (in, out)
-     "tied": [[NAME, NAME, ...], ...]}                                                   names that share one tensor
+     "tied": [[NAME, NAME, ...], ...],                                                   names that share one tensor
+     "low_rank": {LINEAR NAME: RANK, ...}}                                               where there are branches
 
 A promised matrix that is no tensor of its own, one expert's in a stack of all, names the tensor and its place there:
 ``"part": {"of": TENSOR NAME, "at": [EXPERT, FIRST ROW, END]}``, or ``[FIRST ROW, END]`` inside a larger matrix. It has
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from secateur.core.pattern import Pattern, check_mask, pattern_from_dict
 from secateur.errors import ArtefactError
+from secateur.evaluation.branches import LowRank, broken_branches, cost_of, read_branches
 
 PROMISE = Path("secateur") / "promise.json"
 INDEX = "model.safetensors.index.json"
@@ -91,6 +93,8 @@ class Promises:
 
     linears: list[Promise]
     tied: list[list[str]]
+    low_rank: dict[str, int]
+    """Rank of the branch beside a linear, by the linear's name."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,8 @@ class Inspection:
     negative_zeros: int = 0
     """-0.0 in all tensors, planned or not."""
     tied: list[list[str]] = field(default_factory=list)
+    low_rank: LowRank | None = None
+    """What the low-rank branches take, where there are any."""
     broken: list[str] = field(default_factory=list)
 
     @property
@@ -154,6 +160,9 @@ def inspect(directory: str | Path, baseline: str | Path | Mapping[str, Tensor] |
     report.broken += [f"{one.name}: promised but not stored" for one in linears if one.tensor not in checkpoint]
     for group in tied:
         _check_tied(group, checkpoint, directory, report)
+    branches, shapes = read_branches(directory), {row.name: row.shape for row in report.rows}
+    report.low_rank = cost_of(branches, report.weights, report.zeros)
+    report.broken += broken_branches(branches, promises.low_rank if promises else None, shapes)
     if base is not None:
         excused = {name for group in tied for name in group}  # stored once or several times: both are right
         ours, theirs = set(checkpoint), set(base)
@@ -291,7 +300,8 @@ def _read_promises(directory: Path) -> Promises | None:
         return None
     data = _read_json(path)
     try:
-        return Promises([_promise(name, entry) for name, entry in data["linears"].items()], data["tied"])
+        linears = [_promise(name, entry) for name, entry in data["linears"].items()]
+        return Promises(linears, data["tied"], data.get("low_rank", {}))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ArtefactError(f"{path}: not a promise file ({type(error).__name__}: {error}); prune again") from error
 

@@ -1,9 +1,9 @@
 """Low-rank branches beside a model's linears, y = x Wᵀ + (x Xᵀ) Sᵀ, with nothing in the model replaced.
 
 The factors of a ``core.low_rank.Branch`` become two parameters of the linear's own module, ``low_rank_S`` and
-``low_rank_X``, and a forward hook adds the second term. So they move, train and are cast with the model, and W stays the
-weight that it was: sparse, under its name. What must not see them takes them off: ``detach``, or for a while
-``set_aside``, as saving does.
+``low_rank_X``, and a forward hook adds the second term. So they move, train and are cast with the model, and W stays
+the weight that it was: sparse, under its name. What must not see them takes them off: ``detach``, or for a while
+``set_aside``, as saving does. ``save_pretrained`` of a model that still has them would store them among its weights.
 
 On disk they lie apart from the weights, in ``low_rank/``, as an ordinary LoRA adapter of PEFT: lora_A = X, lora_B = S,
 and alpha = rank, so that PEFT's scale is 1. Written here, since two files need no dependency:
@@ -53,7 +53,9 @@ def attach(model: nn.Module, branches: Mapping[str, Branch]) -> list[nn.Paramete
     Raises ModelError where a module can carry none, UsageError where it is not there, has one, or has another shape.
     All are checked before the first is attached.
     """
-    linears = {name: _carrier(model, name, branch) for name, branch in branches.items()}
+    linears = {name: carrier(model, name) for name in branches}
+    for name, linear in linears.items():
+        _check_fit(name, matrix(linear), branches[name])
     parameters: list[nn.Parameter] = []
     for name, linear in linears.items():
         for key, factor in ((S, branches[name].S), (X, branches[name].X)):
@@ -98,14 +100,28 @@ def refuse_branches(found: Mapping[str, Branch], source: str) -> None:
     """UsageError for a model that has some: pruned again, its branches would make up for weights that are gone."""
     if found:
         raise UsageError(
-            f"{source} has low-rank branches beside {len(found)} linears, fitted to the zeros that it has now; prune the "
-            f"dense model, or take {FOLDER}/ away first"
+            f"{source} has low-rank branches beside {len(found)} linears, fitted to the zeros that it has now; prune "
+            f"the dense model, or take {FOLDER}/ away first"
         )
 
 
-def carries(linear: nn.Module) -> bool:
-    """Whether a branch can stand beside it: its output is x Wᵀ, and its own hooks run."""
-    return isinstance(linear, nn.Linear | Conv1D)
+def carrier(model: nn.Module, name: str) -> nn.Linear:
+    """The linear of that name, if a branch can stand beside it; raises as ``attach``."""
+    try:
+        linear = model.get_submodule(name)
+    except AttributeError:
+        raise UsageError(f"a branch for {name}, which is no module of this model; name one of its linears") from None
+    if not isinstance(linear, nn.Linear | Conv1D):
+        raise ModelError(
+            f"{name} is a {type(linear).__name__}; a low-rank branch stands beside an nn.Linear or a Conv1D, fused "
+            "experts carry none"
+        )
+    weight = linear.weight
+    if weight.is_meta or not weight.is_floating_point():
+        raise ModelError(f"{name} holds no plain weights in memory; load the model as a whole, in 16 or 32 bit")
+    if HOOK in vars(linear):
+        raise UsageError(f"{name} has a low-rank branch already; detach it first")
+    return linear  # pyright: ignore[reportReturnType]  (or a Conv1D, which has the same weight)
 
 
 def matrix(linear: nn.Module) -> Tensor:
@@ -118,29 +134,13 @@ def _add(linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return output + F.linear(F.linear(args[0], linear.get_parameter(X)), linear.get_parameter(S))
 
 
-def _carrier(model: nn.Module, name: str, branch: Branch) -> nn.Linear:
-    """The linear of that name; it has checked that the branch fits."""
-    try:
-        linear = model.get_submodule(name)
-    except AttributeError:
-        raise UsageError(f"a branch for {name}, which is no module of this model; name one of its linears") from None
-    if not carries(linear):
-        raise ModelError(
-            f"{name} is a {type(linear).__name__}; a low-rank branch stands beside an nn.Linear or a Conv1D, fused "
-            "experts carry none"
-        )
-    weight = matrix(linear)
-    if HOOK in vars(linear):
-        raise UsageError(f"{name} has a low-rank branch already; detach it first")
-    if weight.is_meta or not weight.is_floating_point():
-        raise ModelError(f"{name} holds no plain weights in memory; load the model as a whole, in 16 or 32 bit")
-    rank, shape = branch.X.shape[0], (branch.S.shape[0], branch.X.shape[1])
-    if shape != tuple(weight.shape) or branch.S.shape[1] != rank:
+def _check_fit(name: str, W: Tensor, branch: Branch) -> None:
+    S, X = branch
+    if (S.shape[0], X.shape[1]) != tuple(W.shape) or S.shape[1] != X.shape[0]:
         raise UsageError(
-            f"{name} is {tuple(weight.shape)} (out, in), its branch {tuple(branch.S.shape)} times "
-            f"{tuple(branch.X.shape)}; wanted (R, r) times (r, C)"
+            f"{name} is {tuple(W.shape)} (out, in), its branch {tuple(S.shape)} times {tuple(X.shape)}; wanted (R, r) "
+            "times (r, C)"
         )
-    return linear  # pyright: ignore[reportReturnType]  (or a Conv1D, which has the same weight)
 
 
 # ------------------------------------------------------------------------------------------------------------- on disk

@@ -2,23 +2,27 @@
 
 Everything that is checked of a directory is so checked of a hub model too, and its blocks can be left on disk. Fetched
 are the files at the top of the repository that a decoder and its tokenizer consist of: no pickles, no code, no second
-copy of the weights in another format.
+copy of the weights in another format. Low-rank branches lie in a folder of their own and are fetched too.
 """
 
 from pathlib import Path
 
 from huggingface_hub import get_safetensors_metadata, snapshot_download
 
+from secateur.models.branches import CONFIG, FACTORS, FOLDER
 from secateur.models.headers import Headers
 
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 """Config, weights, chat template, tokenizers."""
 UNWANTED = ["*/*", "consolidated*.safetensors"]
 """Other formats in folders; the weights once more in their makers' own."""
+BRANCHES = [f"{FOLDER}/{CONFIG}", f"{FOLDER}/{FACTORS}"]
+"""Of a model that we have pruned; a second request, since the first one wants no folders."""
 
 
 def snapshot(repository: str, revision: str | None) -> Path:
     """The directory of a hub model, from the cache as far as it is there."""
+    snapshot_download(repository, revision=revision, allow_patterns=BRANCHES)
     return Path(snapshot_download(repository, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED))
 
 

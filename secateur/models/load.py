@@ -31,11 +31,20 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from secateur.errors import ModelError
+from secateur.errors import ModelError, UsageError
+from secateur.models.branches import FOLDER, attach, load_branches
 from secateur.models.gguf_once import parsed_once
 from secateur.models.headers import read_headers, shards
 from secateur.models.hub import snapshot
-from secateur.models.offload import check_stored, disk_map, return_freed_memory, stays_on_disk, weight_bytes, weights
+from secateur.models.offload import (
+    check_stored,
+    disk_map,
+    is_offloaded,
+    return_freed_memory,
+    stays_on_disk,
+    weight_bytes,
+    weights,
+)
 from secateur.models.quiet import quiet
 from secateur.models.save import forget_gguf
 
@@ -76,6 +85,7 @@ def load(
     """Load `source` in `dtype` ("auto" keeps the checkpoint's own); `revision` picks a commit of a hub model.
 
     `offload` leaves the blocks of a directory in their files (``models.offload``); "auto" where they exceed memory.
+    Low-rank branches in its ``low_rank/`` are attached, so that the function is the one that was saved.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
@@ -87,6 +97,12 @@ def load(
         with in_one_line(f"the tokenizer of {source}", place.advice):
             tokenizer = AutoTokenizer.from_pretrained(place.name, trust_remote_code=False, **place.options)
     forget_gguf(model)
+    if folder := branches_folder(place):
+        if is_offloaded(model):
+            raise UsageError(
+                f"{source} has low-rank branches, which blocks left on disk cannot carry; use --offload off"
+            )
+        attach(model, load_branches(folder))
     model.requires_grad_(False).eval()
     model.config.use_cache = False
     return Loaded(model, tokenizer, source, fingerprint(model))
@@ -144,6 +160,12 @@ def locate(source: str, revision: str | None = None) -> Place:
 
 def on_hub(place: Place) -> bool:
     return "revision" in place.options
+
+
+def branches_folder(place: Place) -> Path | None:
+    """Where the low-rank branches of a checkpoint in a directory lie, if it has any; a GGUF file has none."""
+    folder = Path(place.name) / FOLDER
+    return folder if not place.options and folder.is_dir() else None
 
 
 def fetched(place: Place) -> Place:

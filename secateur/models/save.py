@@ -2,7 +2,7 @@
 
 ``staged`` gives a temporary directory beside the wanted one and renames it when everything has been written; a run that
 fails, or is interrupted, leaves what was there before. ``save`` fills such a directory: safetensors (tied embeddings
-once), config, generation config, tokenizer and chat template.
+once), config, generation config, tokenizer and chat template. Low-rank branches lie apart, in ``low_rank/``.
 """
 
 import glob
@@ -14,8 +14,10 @@ from pathlib import Path
 from uuid import uuid4
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import UsageError
+from secateur.models.branches import FOLDER, save_branches, set_aside
 from secateur.models.offload import is_offloaded
 from secateur.models.quiet import quiet
 
@@ -32,9 +34,12 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) 
     forget_gguf(model)
     use_cache, model.config.use_cache = model.config.use_cache, True  # `load` turned it off; who generates wants it
     try:
-        with quiet():
+        with quiet(), set_aside(model) as branches:
             model.save_pretrained(out, max_shard_size=SHARD if is_offloaded(model) else WHOLE)
             tokenizer.save_pretrained(out)
+            if branches:
+                stored_transposed = isinstance(model.get_submodule(next(iter(branches))), Conv1D)
+                save_branches(branches, out / FOLDER, transposed=stored_transposed)
     finally:
         model.config.use_cache = use_cache
 

@@ -24,11 +24,12 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from secateur.errors import ModelError, SecateurError
 from secateur.models.adapter import DecoderAdapter
+from secateur.models.branches import load_branches, refuse_branches
 from secateur.models.experts import fused_row, routing
 from secateur.models.gguf_once import parsed_once
 from secateur.models.headers import STORED, Headers, read_headers, shards
 from secateur.models.hub import hub_headers
-from secateur.models.load import DTYPES, Place, in_one_line, locate, on_hub, read_config
+from secateur.models.load import DTYPES, Place, branches_folder, in_one_line, locate, on_hub, read_config
 from secateur.models.quiet import quiet
 
 
@@ -55,6 +56,8 @@ class Skeleton:
 def skeleton(source: str, dtype: str = "auto") -> Skeleton:
     """Shapes of the model at ``source``; ModelError where config or headers do not make a model that can be pruned."""
     place = locate(source)
+    if folder := branches_folder(place):
+        refuse_branches(load_branches(folder), source)
     gguf = "gguf_file" in place.options
     with quiet(), parsed_once(), in_one_line(source, place.advice):
         config = read_config(place, source)

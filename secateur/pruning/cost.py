@@ -251,6 +251,17 @@ def propagate(shape: BlockShape, run: Run) -> Cost:
     return forward(shape, run.tokens, run)
 
 
+def low_rank(shape: BlockShape, run: Run) -> Cost:
+    """Both blocks on all tokens for each input, moments of it and of what outputs lack; factors, no singular values."""
+    total = Cost()
+    for group in shape.groups:
+        if R := group.planned:
+            total += forward(shape, run.tokens, run).times(2) + gram(group.columns, run.tokens)
+            total += cross(R, group.columns, run.tokens) + product(R, group.columns, run.tokens).times(2)
+            total += Cost(factor=group.columns**3 / 3 + R * group.columns**2)
+    return total
+
+
 def layerwise_stages(shape: BlockShape, solver: Solver, run: Run) -> dict[str, Cost]:
     return {
         "sample": sample(shape, run),

@@ -22,6 +22,7 @@ from secateur.pruning.cost import (
     forward,
     gram,
     layerwise_stages,
+    low_rank,
     product,
     propagate,
     sample,
@@ -181,10 +182,12 @@ def paper_stages(shape: BlockShape, options: SparseLLM, run: Run) -> dict[str, C
 MODES = {"closed": closed_stages, "paper": paper_stages}
 
 
-def block_stages(shape: BlockShape, method: Solver | SparseLLM, run: Run) -> dict[str, Cost]:
-    """What pruning one block costs, by stage. A method that needs no text sees one short row."""
+def block_stages(shape: BlockShape, method: Solver | SparseLLM, run: Run, rank: int = 0) -> dict[str, Cost]:
+    """What pruning one block costs, by stage, with branches of that rank. What needs no text sees one short row."""
     if isinstance(method, SparseLLM):
-        return MODES[method.mode](shape, method, run)
-    if method.needs == "nothing":
-        run = run._replace(samples=1, seq_len=min(run.seq_len, PROBE_TOKENS), batch=1)
-    return layerwise_stages(shape, method, run)
+        stages = MODES[method.mode](shape, method, run)
+    else:
+        if method.needs == "nothing" and not rank:
+            run = run._replace(samples=1, seq_len=min(run.seq_len, PROBE_TOKENS), batch=1)
+        stages = layerwise_stages(shape, method, run)
+    return stages | ({"low rank": low_rank(shape, run)} if rank else {})

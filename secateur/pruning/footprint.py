@@ -36,6 +36,8 @@ class Footprint:
     """Paper mode's z and s, on the device."""
     block: float
     """The block at work."""
+    dense: float
+    """The same before it was pruned, which low-rank branches are fitted to."""
     copies: float
     """Of its FFN, SparseLLM's."""
     moments: float
@@ -48,7 +50,7 @@ class Footprint:
     @property
     def work(self) -> float:
         """What is where the block is."""
-        return self.carried + self.block + self.copies + self.moments + self.solve + self.chunk
+        return self.carried + self.block + self.dense + self.copies + self.moments + self.solve + self.chunk
 
     def to_dict(self) -> dict[str, float]:
         return {name: float(value) for name, value in vars(self).items()}
@@ -58,10 +60,10 @@ def mode_of(method: Solver | SparseLLM) -> str:
     return method.mode if isinstance(method, SparseLLM) else "layerwise"
 
 
-def footprint(shape: BlockShape, method: Solver | SparseLLM, run: Run, itemsize: int) -> Footprint:
+def footprint(shape: BlockShape, method: Solver | SparseLLM, run: Run, itemsize: int, low_rank: int = 0) -> Footprint:
     """Of a block at work; ``itemsize`` is the bytes of a weight or of a hidden value."""
     mode, solver = mode_of(method), method.inner if isinstance(method, SparseLLM) else method
-    if method.needs == "nothing":
+    if method.needs == "nothing" and not low_rank:
         run = run._replace(samples=1, seq_len=min(run.seq_len, PROBE_TOKENS))
     ffn = max((first.size + down.size for first, down in ffns(shape)), default=0)
     rounds = isinstance(method, SparseLLM) and (mode == "closed" or method.iterations > 1)
@@ -71,6 +73,7 @@ def footprint(shape: BlockShape, method: Solver | SparseLLM, run: Run, itemsize:
         state=run.tokens * shape.hidden * itemsize,
         carried=2 * FLOAT32 * run.tokens * shape.first.rows if carries and shape.first else 0.0,
         block=shape.size * itemsize,
+        dense=shape.size * itemsize if low_rank else 0.0,
         copies=FFN_COPIES * FLOAT32 * ffn if rounds else 0.0,
         moments=moments(shape, solver, mode),
         solve=max((solve_bytes(solver, group) for group in shape.matrices if group.planned), default=0.0),

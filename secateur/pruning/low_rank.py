@@ -7,10 +7,9 @@ of its rank for what its output lacks, on the inputs that it really receives:
     e = the dense block's output - the block's  of its last linear, where that is added to the residual stream as it is
     S, X = argmin E|e - S X x|² + ridge |S X|²  (``core.low_rank.residual_fit``)
 
-For a block's first linears, whose inputs are the dense ones, e = x (W0 - W)ᵀ and this is EoRA (arXiv:2410.21271). Behind
-them it is more: W0 - W is not what is lost where a method has fitted W to make up for other errors. On the stories
-model, 60 % closed mode and rank 8, EoRA's branches raise the output error of every block (mean 0.29 to 0.34), these
-lower it to 0.24; after SparseGPT the two lower 0.44 to 0.34 and 0.25 (docs/low_rank.md).
+For a block's first linears, whose inputs are the dense ones, e = x (W0 - W)ᵀ and this is EoRA (arXiv:2410.21271).
+Behind them it is more: errors of earlier linears are in it, and W0 - W is not what is lost where a method has fitted W
+to make up for these. EoRA's branches everywhere make the blocks of closed mode worse (docs/low_rank.md has numbers).
 
 A branch changes the inputs of what runs after it. So there is a pass over the calibration for every distinct input, in
 the order in which they run, with all earlier branches in place: four in a Llama block. Moments that a method has would
@@ -29,7 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.core.low_rank import residual_fit
+from secateur.core.low_rank import Branch, residual_fit
 from secateur.core.moments import CrossMoments, Gram, Totals
 from secateur.core.plan import Plan
 from secateur.errors import UsageError
@@ -60,9 +59,7 @@ def _moments(
     """Moments of the input that these linears share: by itself, and with what the output of each lacks; |lacking|²."""
     device = torch.device(work.options.device)
     gram = Gram.zeros(work.targets[linears[0]].shape[1], device)
-    lacks = {
-        name: (CrossMoments.zeros(*work.targets[name].shape, device), Totals.zeros(1, device)) for name in linears
-    }
+    lacks = {name: (CrossMoments.zeros(*work.targets[name].shape, device), Totals.zeros(1, device)) for name in linears}
     with work.forwards("low rank"):
         for X, lacking in _lacking(work, dense, linears):
             gram.update(X)
@@ -80,6 +77,11 @@ def _lacking(
 ) -> Iterator[tuple[Float[Tensor, "T C"], dict[str, Float[Tensor, "T R"]]]]:
     """Chunk by chunk, of rows that are finite in both blocks: the shared input, and what each output lacks."""
     here, there = work.linear(linears[0]), dense.get_submodule(linears[0])
+    weights = {
+        name: (matrix(dense.get_submodule(name)).float(), work.adapter.read(work.linear(name)))
+        for name in linears
+        if name != last_of(work)
+    }
     for rows in work.hidden:
         output, seen = work.watched(rows, {here: _pass})
         wanted, seen_dense = work.watched(rows, {there: _pass}, dense)
@@ -91,14 +93,8 @@ def _lacking(
             return kept.flatten(0, 1).float()
 
         X, X_dense = tokens(seen[here]), tokens(seen_dense[there])
-        lacking = {}
-        for name in linears:
-            if name == last_of(work):
-                lacking[name] = tokens(wanted - output)
-                continue
-            W0, W = matrix(dense.get_submodule(name)).float(), work.adapter.read(work.linear(name))
-            lacking[name] = X_dense @ W0.T - X @ W.T
-        yield X, lacking
+        lacking = {name: X_dense @ W0.T - X @ W.T for name, (W0, W) in weights.items()}
+        yield X, {name: lacking[name] if name in lacking else tokens(wanted - output) for name in linears}
 
 
 def _pass(_: Tensor) -> None:
@@ -114,9 +110,10 @@ def _give_back(
     work: Work, name: str, residual: Float[Tensor, "R C"], H: Float[Tensor, "C C"], lacking: float, rank: int
 ) -> None:
     """One linear's branch. Of several processes all take the first's, and with it the same bits."""
+    same = work.options.ranks.same
     with products("float32"), work.stage("solve"):
-        branch = residual_fit(residual, H, rank)
-        stored = attach(work.block, {name: branch._replace(S=work.options.ranks.same(branch.S), X=work.options.ranks.same(branch.X))})
+        S, X = residual_fit(residual, H, rank)
+        stored = attach(work.block, {name: Branch(same(S), same(X))})
         P = stored[0].float() @ stored[1].float()
         returned = float((P * (2 * residual - P @ H)).sum())
     numbers = sum(factor.numel() for factor in stored)

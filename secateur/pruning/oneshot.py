@@ -67,9 +67,9 @@ def prune_blocks(
 
     ``windows`` are calibration rows of token ids, this process's share of them where several prune together. ``state``
     goes on with a run whose first blocks are already pruned in the model. With ``low_rank`` every pruned linear gets a
-    branch of that rank, which stays attached to the model (``models.branches``). A block whose weights lie on disk is in
-    memory until the next one is asked for. Raises NumericalError where more than a tenth of the rows turn non-finite,
-    ModelError where a block's structure is refused.
+    branch of that rank, which stays attached to the model (``models.branches``). A block whose weights lie on disk is
+    in memory until the next one is asked for. Raises NumericalError where more than a tenth of the rows turn
+    non-finite, ModelError where a block's structure is refused.
     """
     if method.needs == "nothing" and not low_rank:  # structure is observed all the same, on a few tokens
         windows = windows[:1, :PROBE_TOKENS]

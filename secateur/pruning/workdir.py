@@ -2,7 +2,8 @@
 
     OUT.unfinished/
       run.json                     what is being done: recipe, fingerprints of model and tokens, versions
-      blocks/00007.safetensors     the block's parameters that hold planned linears; its record in the header
+      blocks/00007.safetensors     the block's parameters that hold planned linears, and its low-rank branches; its
+                                   record in the header
       hidden/00008-000-00000.safetensors ...    hidden states before the next block, by process and in parts
       state.json                   the next block, and how many parts of each process its hidden states have
       spill/                       hidden states that wait and find no room in memory
@@ -27,6 +28,7 @@ from torch import Tensor
 from secateur.core.plan import Plan
 from secateur.errors import ArtefactError
 from secateur.models.adapter import DecoderAdapter
+from secateur.models.branches import attach, attached, branches_of, tensors_of
 from secateur.models.durable import admit, durable, locked
 from secateur.models.offload import is_offloaded, relocate
 from secateur.pruning.hidden import Budget, Hidden
@@ -60,7 +62,8 @@ class Workdir:
         holders = adapter.holders(adapter.blocks[record.index], block_targets(plan, record.name))
         weights = {name: parameter.detach().contiguous() for name, parameter in holders.items()}
         if self.ranks.first:
-            self._write(_block_file(record.index), weights, {"record": json.dumps(record.to_dict())})
+            branches = tensors_of(attached(adapter.blocks[record.index]))
+            self._write(_block_file(record.index), weights | branches, {"record": json.dumps(record.to_dict())})
         number = record.index + 1
         parts = 0
         for parts, rows in enumerate(_parts(finished.hidden), 1):
@@ -78,10 +81,13 @@ class Workdir:
         """Put the finished blocks' weights into a freshly loaded model; their records, and where to go on."""
         state, records = self._state(), []
         for index in range(state["next"]):
-            weights, header = self._read(_block_file(index))
+            stored, header = self._read(_block_file(index))
+            branches = branches_of(stored)
+            weights = {name: tensor for name, tensor in stored.items() if name not in tensors_of(branches)}
             if not self._relocate(adapter, index, weights):
                 for name, weight in weights.items():
                     adapter.blocks[index].get_parameter(name).detach().copy_(weight)
+            attach(adapter.blocks[index], branches)
             records.append(block_record(json.loads(header["record"])))
         if not records:
             return [], None

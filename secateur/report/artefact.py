@@ -4,7 +4,7 @@
     run.json        everything that decides the bytes: the recipe, fingerprints of model and tokens, versions
     records.jsonl   one line per block, or per step of training
     report.json     totals, seconds, memory, versions, provenance
-    promise.json    pattern of every pruned weight and which names share one tensor; ``secateur inspect`` checks it
+    promise.json    pattern of every pruned weight, names that share one tensor, ranks of branches: ``secateur inspect``
 
 Only records and report hold what changes from run to run (seconds, memory).
 """
@@ -71,6 +71,7 @@ def promises_of(model: "PreTrainedModel", plan: "Plan") -> dict[str, Any]:
     """
     from transformers.pytorch_utils import Conv1D
 
+    from secateur.models.branches import attached
     from secateur.models.stored import stored
 
     transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
@@ -78,7 +79,8 @@ def promises_of(model: "PreTrainedModel", plan: "Plan") -> dict[str, Any]:
     for name, (tensor, part) in stored(model, plan).items():
         entry = {"pattern": pattern_to_dict(plan[name].pattern), "transposed": name in transposed}
         linears |= {name: {**entry, "part": {"of": tensor, "at": part}}} if part else {tensor: entry}
-    return {"linears": linears, "tied": _tied(model)}
+    ranks = {name: branch.X.shape[0] for name, branch in attached(model).items()}
+    return {"linears": linears, "tied": _tied(model)} | ({"low_rank": ranks} if ranks else {})
 
 
 def _tied(model: "nn.Module") -> list[list[str]]:

@@ -4,13 +4,11 @@ The table is the state of late 2026. Rows say what was measured or published, wh
 stores and multiplies zeros like any number is a row too, because that is what most people will meet first.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from secateur.core.pattern import NM, Block, Pattern
 
-DENSE_BITS = 16.0
 ALTERNATIVES = {"dense, 16 bit": 16.0, "dense int8": 8.0, "dense int4, groups of 128": 4.2}
 """Bits per weight of what a sparse model competes with."""
 SMALL = 7e9
@@ -68,18 +66,6 @@ def runtimes_for(pattern: Pattern) -> list[Runtime]:
     """Rows that fit the pattern, each name once, in the table's order."""
     fitting = [r for r in RUNTIMES if kind_of(pattern) in r.kinds and pattern.sparsity >= r.least]
     return list({row.name: row for row in reversed(fitting)}.values())[::-1]
-
-
-def bits_per_weight(pattern: Pattern) -> float:
-    """16 bit for each kept weight, and where it is: a bit a weight or a tile; N:M the shorter of mask and index."""
-    kept = DENSE_BITS * (1 - pattern.sparsity)
-    match pattern:
-        case NM(n, m):
-            return kept + min(1.0, n / m * math.ceil(math.log2(m)))
-        case Block(_, rows, cols):
-            return kept + 1 / (rows * cols)
-        case _:
-            return kept + 1.0
 
 
 def warnings_for(pattern: Pattern, parameters: float) -> list[str]:

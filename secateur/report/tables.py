@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
@@ -67,6 +68,7 @@ def prune_summary(report: dict[str, Any]) -> list[RenderableType]:
         "pruned": f"{report['linears']} linears in {blocks['pruned']} of {blocks['total']} blocks,"
         f" {report['weights']:,} weights",
         "sparsity": _sparsity(report),
+        **_low_rank(report["low_rank"]),
         **_left_alone(report["left_alone"]),
         "text": _text(report),
         "output error": _output_error(report["output_error"]),
@@ -103,6 +105,19 @@ def _sparsity(report: dict[str, Any]) -> str:
 def _left_alone(names: Sequence[str]) -> dict[str, str]:
     """Said only of models that have a router."""
     return {"left alone": f"{len(names)} routers and gates of experts, the first {names[0]}"} if names else {}
+
+
+def _low_rank(told: dict[str, Any] | None) -> dict[str, str]:
+    """Said only where there are branches; ``returned`` is known of a run, not of a directory."""
+    if told is None:
+        return {}
+    cost = (
+        f"{told['branches']} branches, {told['numbers']:,} numbers, {size(told['bytes'])}: {percent(told['share'])} of "
+        f"the surviving weights, {told['bits_per_weight']:.2f} bits per weight "
+    )
+    if "returned" not in told:
+        return {"low rank": cost + "more"}
+    return {"low rank": f"{cost}with them; {percent(told['returned'])} of what outputs lacked given back"}
 
 
 def _output_error(error: dict[str, float] | None) -> str:
@@ -192,6 +207,7 @@ def inspect_tables(found: "Inspection") -> list[RenderableType]:
         "finite": "all" if found.finite else "no",
         "-0.0": str(found.negative_zeros),
         "tied": ", ".join(" = ".join(group) for group in found.tied) or "none recorded",
+        **_low_rank(asdict(found.low_rank) if found.low_rank else None),
     }
     return [table, *facts(found.path, rows), *_promises_kept(found)]
 

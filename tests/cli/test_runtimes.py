@@ -2,8 +2,8 @@
 
 import pytest
 
-from secateur.core.pattern import NM, Block, Unstructured
-from secateur.report.runtimes import RUNTIMES, bits_per_weight, runtimes_for, warnings_for
+from secateur.core.pattern import NM, Block, Unstructured, bits_per_weight
+from secateur.report.runtimes import RUNTIMES, runtimes_for, warnings_for
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,9 @@ def test_a_hub_model_is_a_directory_like_any_other(hub, stories, offload):
     assert loaded.source == "somebody/stories"
     assert loaded.fingerprint == load(str(stories)).fingerprint
     assert is_offloaded(loaded.model) == (offload == "on")
-    ((repository, options),) = hub
+    (_, branches), (repository, options) = hub
+    assert branches["revision"] == "abc"
+    assert "low_rank/adapter_model.safetensors" in branches["allow_patterns"]
     assert (repository, options["revision"]) == ("somebody/stories", "abc")
     fetched = [path.name for path in stories.iterdir() if any(fnmatch(path.name, p) for p in options["allow_patterns"])]
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(fetched)
