@@ -5,12 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 DRIVER = Path(__file__).parent / "killed.py"
 KILLS = 30
+WITH_BRANCHES = pytest.param(["--low-rank", "4"], id="with branches", marks=pytest.mark.slow)
 
 
-def test_killed_at_random_moments(model_dir, text_file, files, tmp_path):
-    flags = [model_dir, "--sparsity", "0.6", "--data", text_file, "--samples", "4", "--seq-len", "64"]
+@pytest.mark.parametrize("more", [pytest.param([], id="default"), WITH_BRANCHES])
+def test_killed_at_random_moments(more, model_dir, text_file, files, tmp_path):
+    flags = [model_dir, *more, "--sparsity", "0.6", "--data", text_file, "--samples", "4", "--seq-len", "64"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     command = [sys.executable, DRIVER, str(KILLS), "0", tmp_path / "out", *flags]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

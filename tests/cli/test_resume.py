@@ -29,14 +29,19 @@ def stop_at(number, monkeypatch):
 
 
 WRITES = ["run.json", "block 0", "hidden 1", "state 1", "block 1", "hidden 2", "state 2"]
+METHODS = {
+    "sparsellm": ["--method", "sparsellm"],
+    "wanda": ["--method", "wanda"],
+    "with branches": ["--method", "sparsegpt", "--low-rank", "4"],
+}
 
 
 @pytest.mark.parametrize("number", range(len(WRITES)), ids=WRITES)
-@pytest.mark.parametrize("method", ["sparsellm", "wanda"])
+@pytest.mark.parametrize("method", METHODS)
 def test_stopped_at_any_write_and_resumed_gives_the_same_bytes(
     number, method, run, model_dir, text_file, tmp_path, monkeypatch, files
 ):
-    flags = ["--method", method, "--sparsity", "0.6", "--data", text_file, *SMALL]
+    flags = [*METHODS[method], "--sparsity", "0.6", "--data", text_file, *SMALL]
     assert run("prune", model_dir, *flags, "--out", tmp_path / "whole").code == 0
     out = tmp_path / "out"
     with monkeypatch.context() as patch:

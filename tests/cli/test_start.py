@@ -52,11 +52,12 @@ def test_every_verb_has_help_and_debug(run):
 
 
 def test_public_names():
-    from secateur import PruneConfig, evaluate, plan, prune
+    from secateur import PruneConfig, evaluate, load_pruned, plan, prune
 
     assert callable(prune)
     assert callable(plan)
     assert callable(evaluate)
+    assert callable(load_pruned)
     assert PruneConfig(sparsity=0.5).sparsity == 0.5
 
 

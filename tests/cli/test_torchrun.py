@@ -27,6 +27,7 @@ CASES = {
     "admm": (2, ["--method", "admm", "--sparsity", "0.6"]),
     "paper": (2, ["--sparsity", "0.5", "--set", "method.mode=paper", "--set", "method.iterations=2"]),
     "closed, four": (4, ["--pattern", "2:4", "--set", "method.iterations=1"]),
+    "with branches": (2, ["--method", "sparsegpt", "--pattern", "2:4", "--low-rank", "4"]),
     "magnitude": (2, ["--method", "magnitude", "--sparsity", "0.6"]),
 }
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from secateur.core.low_rank import Branch, group_mean, weighted_fit
+from secateur.core.low_rank import Branch, group_mean, residual_fit, weighted_fit
 from secateur.core.pattern import NM, keep_mask
 
 
@@ -81,6 +81,29 @@ def test_full_rank_loses_nothing_and_more_rank_is_never_worse():
     assert errors == sorted(errors, reverse=True)
 
 
+def test_what_an_output_lacks_is_fitted_by_reduced_rank_regression():
+    """Of every rank: the truncated ridge regression, and never worse than nothing on the tokens themselves."""
+    generator = torch.Generator().manual_seed(3)
+    X, E = torch.randn(300, 16, generator=generator), torch.randn(300, 12, generator=generator)
+    E += X @ torch.randn(16, 2, generator=generator) @ torch.randn(2, 12, generator=generator)
+    H, residual = X.T @ X / 300, E.T @ X / 300
+    before, errors = E.square().sum(), []
+    for rank in (1, 2, 8, 12):
+        branch = residual_fit(residual, H, rank)
+        errors.append((E - X @ branch.product.T).square().sum())
+    assert before > errors[0] > errors[1] > errors[2] > errors[3]
+    assert errors[1] < 0.4 * before, "two directions were planted"
+    ridged = H + 0.01 * H.diagonal().mean() * torch.eye(16)
+    assert torch.allclose(residual_fit(residual, H, 12).product, torch.linalg.solve(ridged, residual.T).T, atol=1e-4)
+
+
+def test_for_lost_weights_both_fits_agree():
+    W, mask, H = pruned()
+    lost = W * ~mask
+    ridged = H + 0.01 * H.diagonal().mean() * torch.eye(16)
+    assert torch.allclose(residual_fit(lost @ ridged, H, 3).product, weighted_fit(lost, H, 3).product, atol=1e-3)
+
+
 def test_what_it_costs():
     """A square matrix at 2:4 and rank C / 16: a quarter of the survivors, as the paper's 12.5 % of all weights."""
     mask = keep_mask(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), NM(2, 4))
@@ -96,3 +119,5 @@ def test_what_cannot_be():
     for rank in (0, 13):
         with pytest.raises(ValueError, match=rf"must lie in 1..12 .*got {rank}"):
             weighted_fit(W, H, rank)
+        with pytest.raises(ValueError, match=rf"must lie in 1..12 .*got {rank}"):
+            residual_fit(W, H, rank)
