@@ -252,13 +252,17 @@ def propagate(shape: BlockShape, run: Run) -> Cost:
 
 
 def low_rank(shape: BlockShape, run: Run) -> Cost:
-    """Both blocks on all tokens for each input, moments of it and of what outputs lack; factors, no singular values."""
+    """Both blocks on all tokens for each input, moments of it and of what outputs lack, factors and what they explain.
+
+    Not counted: the singular values, and the branches' own forwards, small beside the linears'.
+    """
     total = Cost()
     for group in shape.groups:
-        if R := group.planned:
-            total += forward(shape, run.tokens, run).times(2) + gram(group.columns, run.tokens)
-            total += cross(R, group.columns, run.tokens) + product(R, group.columns, run.tokens).times(2)
-            total += Cost(factor=group.columns**3 / 3 + R * group.columns**2)
+        R, C = group.planned, group.columns
+        if R:
+            total += forward(shape, run.tokens, run).times(2) + gram(C, run.tokens) + cross(R, C, run.tokens)
+            total += product(R, C, run.tokens).times(0 if group is shape.down else 2)  # that lacks what the block does
+            total += Cost(factor=C**3 / 3 + 2 * R * C**2, exact=2 * R * C**2)
     return total
 
 

@@ -99,6 +99,22 @@ def test_every_product_of_a_run_is_foreseen(method, ignored):
     assert attended == 2 * total.attention, "torch counts the masked half too"
 
 
+@pytest.mark.parametrize("ignored", PARTLY)
+def test_the_products_of_branches_are_foreseen(ignored):
+    """All but those of the branches themselves, of rank 1 here."""
+    ignore, attention, out = PARTLY[ignored]
+    counted = []
+    for rank in (0, 1):
+        adapter, rows, plan = pruned_block(ignore)
+        with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+            list(prune_blocks(adapter, rows, plan, Wanda(), RunOptions(), low_rank=rank))
+        flops = counter.get_flop_counts()["Global"].items()
+        counted.append(sum(count for op, count in flops if "scaled_dot" not in str(op)))
+    shape = BlockShape((Shared(64, 32, attention),), Shared(32, 32, out), Shared(96, 32, 96), Shared(32, 48, 32))
+    cost = block_stages(shape, Wanda(), Run(16, 64, 1, rounded=False), 1)["low rank"]
+    assert counted[1] - counted[0] == pytest.approx(cost.linear + cost.moment + cost.product + cost.exact, rel=0.03)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 def test_every_product_of_experts_is_foreseen(method, family, moe):
