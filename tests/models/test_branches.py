@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from transformers import AutoModelForCausalLM
 from secateur.core.low_rank import Branch
 from secateur.errors import ArtefactError, ModelError, UsageError
 from secateur.models.branches import attach, attached, detach, load_branches, matrix, save_branches, set_aside
+from secateur.models.load import load
+from secateur.models.save import save
 
 TOKENS = torch.arange(24).view(2, 12)
 
@@ -121,6 +124,22 @@ def test_saved_and_loaded(tiny, tmp_path, name):
     back = load_branches(tmp_path / "low_rank")
     assert back.keys() == branches.keys()
     assert all(torch.equal(a, b) for n in branches for a, b in zip(back[n], branches[n], strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_saved_model_is_loaded_with_its_branches(tiny, byte_tokenizer, tmp_path, name):
+    model = tiny(name)
+    bare = logits(model)
+    attach(model, branches_for(model, *CASES[name]))
+    save(model, byte_tokenizer, tmp_path)
+    assert len(attached(model)) == len(load_branches(tmp_path / "low_rank")), "still there after saving"
+    loaded = load(str(tmp_path))
+    assert torch.equal(logits(loaded.model), logits(model))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), bare)
+    config = json.loads((tmp_path / "low_rank" / "adapter_config.json").read_text())
+    assert config["fan_in_fan_out"] == (name == "gpt2")
+    shutil.rmtree(tmp_path / "low_rank")
+    assert load(str(tmp_path)).fingerprint != loaded.fingerprint
 
 
 @pytest.mark.parametrize(
