@@ -34,6 +34,7 @@ from secateur.models.skeleton import skeleton
 from secateur.pruning.cost import FLOAT32, Cost, forward
 from secateur.pruning.cost_sparsellm import block_stages
 from secateur.pruning.footprint import footprint
+from secateur.pruning.low_rank import check_ranks
 from secateur.pruning.rates import HEAD, Probe, Rates, measure
 from secateur.pruning.selection import Selection, linear_shapes
 from secateur.pruning.shapes import BlockShape, Routed, Run, Shared
@@ -139,6 +140,8 @@ def plan(
         context = getattr(subject.adapter.model.config, "max_position_embeddings", None)
         check_seq_len(config.seq_len, context)
         selection = select_linears(subject.adapter, config)
+        if config.low_rank:
+            check_ranks(subject.adapter, selection.plan, config.low_rank)
         shapes = block_shapes(subject.adapter, selection, config)
     run = Run(config.samples, config.seq_len, config.batch, precision == "bfloat16" and subject.dtype == torch.float32)
     told.stage("measure this machine for a few seconds")

@@ -97,6 +97,8 @@ class Run:
             raise UsageError(f"{ranks.size} processes for {len(windows)} samples; start fewer, or use more samples")
         adapter = DecoderAdapter(loaded.model)
         selection = select_linears(adapter, config)
+        if config.low_rank:
+            check_ranks(adapter, selection.plan, config.low_rank)
         settled = _settled(config, loaded, device, len(adapter.blocks))
         return cls(loaded, adapter, texts, windows, settled, selection, watch, ranks)
 
@@ -244,12 +246,9 @@ def select_linears(adapter: DecoderAdapter, config: PruneConfig | TrainConfig) -
     """What the config plans of this model; UsageError where it does not fit."""
     blocks = config.block_range(len(adapter.blocks))
     try:
-        selection = select(adapter, config.target, blocks, config.include, config.ignore)
+        return select(adapter, config.target, blocks, config.include, config.ignore)
     except ValueError as error:  # a width that the pattern does not divide
         raise UsageError(str(error)) from error
-    if config.low_rank:
-        check_ranks(adapter, selection.plan, config.low_rank)
-    return selection
 
 
 def _settled(config: PruneConfig, loaded: Loaded, device: str, total: int) -> PruneConfig:

@@ -89,6 +89,8 @@ class TrainConfig:
     """Share after which the mask stays."""
     loss: Distillation = DEFAULT_LOSS
     """What is learnt from the teacher and what from the text."""
+    slorb: int = 0
+    """k of a trainable low-rank branch of rank in_features / k beside every sparse linear; 0 = none."""
     blocks: str = "all"
     """Which decoder blocks become sparse: all, first-half, or A:B. Everything is trained."""
     include: tuple[str, ...] = ()
@@ -110,7 +112,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         make_pattern(self.pattern, self.sparsity)
-        least = {"seq_len": 2, "batch": 1, "micro_batch": 1, "holdout": 1, "seed": 0, "checkpoint": 1, "tolerated": 0}
+        least = {
+            "slorb": 0,
+            "tolerated": 0,
+            "seq_len": 2,
+            "batch": 1,
+            "micro_batch": 1,
+            "holdout": 1,
+            "seed": 0,
+            "checkpoint": 1,
+        }
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")

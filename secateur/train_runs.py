@@ -21,7 +21,7 @@ from secateur.core.plan import Plan
 from secateur.data.sources import Texts, read_texts
 from secateur.data.tokens import check_seq_len, tokenize
 from secateur.errors import ArtefactError
-from secateur.evaluation.inspect import inspect
+from secateur.evaluation.inspect import Inspection, inspect
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.head import check_head
 from secateur.models.load import Loaded
@@ -33,9 +33,10 @@ from secateur.runs import VERIFY_TOKENS, lasting, open_model, resolve_device, re
 from secateur.train_config import TrainConfig, train_config_from_dict
 from secateur.training.batches import Batches, cut
 from secateur.training.checkpoint import Checkpoints, opened, read_steps
-from secateur.training.groups import parameter_groups
+from secateur.training.groups import first_masks, parameter_groups
 from secateur.training.learner import Learner, ModelTeacher, check_same_vocabulary
 from secateur.training.loop import Loop, LoopOptions, StepRecord
+from secateur.training.low_rank import start_slorb
 from secateur.training.optimizer import SparseAdamW, left_over
 
 MACHINE = ("checkpoint",)
@@ -120,8 +121,8 @@ class TrainRun:
             report = self.report(records, noted) | {"out": str(out), "resumed_after_steps": before}
             clear_leftovers(out)
             with staged(out, overwrite=True) as folder:
-                self.save(folder, records)
-                report |= self.spent()
+                found = self.save(folder, records)
+                report |= {"low_rank": asdict(found.low_rank) if found.low_rank else None} | self.spent()
                 write_report(folder / "secateur", report)
             clear_leftovers(out)
         return TrainResult(self.student.model, self.student.tokenizer, records, report)
@@ -149,7 +150,8 @@ class TrainRun:
             noted |= {"after": self.loop.held_out()}
         return records, noted
 
-    def save(self, folder: Path, records: list[StepRecord]) -> None:
+    def save(self, folder: Path, records: list[StepRecord]) -> Inspection:
+        """Fill a directory, and what was found when it was opened again."""
         model = self.student.model
         promises = promises_of(model, self.plan) if self.config.method != "none" else promises_of(model, Plan({}))
         with self.watch.stage("save"):
@@ -164,9 +166,10 @@ class TrainRun:
                 promises=promises,
             )
         with self.watch.stage("inspect", "check what was saved"):
-            broken = inspect(folder).broken
-        if broken:
-            raise ArtefactError(f"the saved model breaks {len(broken)} promises, the first: {broken[0]}")
+            found = inspect(folder)
+        if found.broken:
+            raise ArtefactError(f"the saved model breaks {len(found.broken)} promises, the first: {found.broken[0]}")
+        return found
 
     def report(self, records: list[StepRecord], noted: dict[str, Any]) -> dict[str, Any]:
         """All that ``report.json`` holds; seconds and memory are those of this process."""
@@ -259,6 +262,8 @@ def _loop(
     student: Loaded, teacher: Loaded, adapter: DecoderAdapter, plan: Plan, batches: Batches, config: TrainConfig
 ) -> Loop:
     model = student.model.requires_grad_(True).train()
+    if config.slorb:
+        start_slorb(model, first_masks(adapter, plan), config.slorb)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     autocast = torch.bfloat16 if config.precision == "bfloat16" else None

@@ -68,7 +68,7 @@ def prune_summary(report: dict[str, Any]) -> list[RenderableType]:
         "pruned": f"{report['linears']} linears in {blocks['pruned']} of {blocks['total']} blocks,"
         f" {report['weights']:,} weights",
         "sparsity": _sparsity(report),
-        **_low_rank(report["low_rank"]),
+        **low_rank_row(report["low_rank"]),
         **_left_alone(report["left_alone"]),
         "text": _text(report),
         "output error": _output_error(report["output_error"]),
@@ -107,7 +107,7 @@ def _left_alone(names: Sequence[str]) -> dict[str, str]:
     return {"left alone": f"{len(names)} routers and gates of experts, the first {names[0]}"} if names else {}
 
 
-def _low_rank(told: dict[str, Any] | None) -> dict[str, str]:
+def low_rank_row(told: dict[str, Any] | None) -> dict[str, str]:
     """Said only where there are branches; ``returned`` is known of a run, not of a directory."""
     if told is None:
         return {}
@@ -207,7 +207,7 @@ def inspect_tables(found: "Inspection") -> list[RenderableType]:
         "finite": "all" if found.finite else "no",
         "-0.0": str(found.negative_zeros),
         "tied": ", ".join(" = ".join(group) for group in found.tied) or "none recorded",
-        **_low_rank(asdict(found.low_rank) if found.low_rank else None),
+        **low_rank_row(asdict(found.low_rank) if found.low_rank else None),
     }
     return [table, *facts(found.path, rows), *_promises_kept(found)]
 

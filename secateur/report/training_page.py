@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from secateur.report.tables import command, facts, percent, size, skipped_lines, time_of, warning_lines
+from secateur.report.tables import command, facts, low_rank_row, percent, size, skipped_lines, time_of, warning_lines
 
 
 def train_summary(report: dict[str, Any]) -> list[RenderableType]:
@@ -21,6 +21,7 @@ def train_summary(report: dict[str, Any]) -> list[RenderableType]:
         "from the teacher": f"{before['divergence']:.4f} -> {after['divergence']:.4f} nats on held-out windows",
         "text": f"{before['cross_entropy']:.4f} -> {after['cross_entropy']:.4f} nats on the same",
         "masks": f"{report['flip_rate']:.2e} of them changed at the last refresh",
+        **low_rank_row(report["low_rank"]),
         "time": time_of(report["seconds"]),
         "peak memory": size(report["peak_memory_bytes"]),
     }

@@ -4,10 +4,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from secateur.core.pattern import NM, Pattern, Unstructured
+from secateur.core.pattern import NM, Pattern, Unstructured, keep_mask
 from secateur.core.plan import Plan
 from secateur.errors import UsageError
 from secateur.models.adapter import DecoderAdapter, Linear
@@ -40,6 +41,16 @@ def parameter_groups(adapter: DecoderAdapter, plan: Plan) -> list[dict[str, Any]
         {"params": params, "pattern": pattern, "transposed": transposed}
         for (pattern, transposed), params in groups.items()
     ]
+
+
+@torch.no_grad()
+def first_masks(adapter: DecoderAdapter, plan: Plan) -> dict[str, Tensor]:
+    """The masks that ``SparseAdamW`` begins with, (out, in), by the linear's full name: the largest weights."""
+    return {
+        name: keep_mask(adapter.read(linear).float().abs(), plan[name].pattern)
+        for name, linear in _linears(adapter)
+        if name in plan
+    }
 
 
 def _linears(adapter: DecoderAdapter) -> Iterator[tuple[str, Linear]]:

@@ -33,8 +33,9 @@ def start_slorb(
     linear's full name and are (out, in), whatever the module. Without ``train_X`` X stays the sum over k inputs that it
     begins as, and only S is trained and returned.
 
-    UsageError where k does not divide the inputs, a mask does not fit, or the dense weights are gone: SLoRB's start
-    would then be zero. As in ``attach`` else.
+    Where all that a mask takes away is zero already, in a model that was pruned before, S begins at zero: a model that
+    made up for its zeros is left as it is. UsageError where k does not divide the inputs or a mask does not fit, and
+    as in ``attach``.
     """
     branches = {}
     for name, mask in masks.items():
@@ -53,8 +54,6 @@ def _started(name: str, W: Tensor | None, mask: Tensor, k: int) -> Branch:
         raise UsageError(
             f"{name}: dense weights of {tuple(mask.shape)} (out, in) are wanted with its mask, got {found}"
         )
-    if not mask.all() and not torch.where(mask, 0.0, W).any():
-        raise UsageError(f"{name}: all that its mask takes away is zero already; pass the dense weights as masters")
     try:
         return group_mean(W.float(), mask, k)
     except ValueError as error:  # a k that does not divide the inputs

@@ -158,11 +158,35 @@ def test_other_patterns_and_none(flags, run, model_dir, text_file, tmp_path):
     assert zeros == (0 if "none" in flags else 14)
 
 
+@pytest.mark.parametrize("start", ["dense", "pruned"])
+def test_branches_are_trained_and_saved_apart(start, run, model_dir, text_file, tmp_path):
+    from secateur.models.branches import attached
+    from secateur.models.load import load
+
+    student = model_dir
+    if start == "pruned":
+        student = tmp_path / "pruned"
+        assert run("prune", model_dir, "--method", "magnitude", "--pattern", "2:4", "--out", student).code == 0
+    before, after = (
+        run("train", student, "--data", text_file, *SMALL, *more, "--out", tmp_path / name, "--json").json
+        for name, more in {"bare": [], "branched": ["--slorb", 8]}.items()
+    )
+    assert before["low_rank"] is None
+    numbers = 2 * (2 * (32 * 4 + 4 * 32) + 2 * (16 * 4 + 4 * 32) + 2 * (64 * 4 + 4 * 32) + (32 * 8 + 8 * 64))
+    assert after["low_rank"]["numbers"] == numbers
+    assert after["held_out"]["after"]["divergence"] < 0.6 * after["held_out"]["before"]["divergence"]
+    assert run("inspect", tmp_path / "branched").code == 0
+    branches = attached(load(str(tmp_path / "branched")).model)
+    assert len(branches) == 14
+    assert all(branch.S.any() for branch in branches.values())
+
+
 WRONG = {
     "no tokens": (["--data", "{text}"], 2, "no --tokens; say how long to train"),
     "too few tokens": (["--data", "{text}", "--tokens", 10], 2, "10 tokens are less than one step"),
     "unknown method": (["--data", "{text}", *SMALL, "--method", "magic"], 2, "method: input should be 'ast'"),
     "pattern does not divide": (["--data", "{text}", *SMALL, "--pattern", "3:7"], 2, "7"),
+    "k does not divide": (["--data", "{text}", *SMALL, "--slorb", 5], 2, "k to divide in_features, got k = 5 and 32"),
     "unknown key": (["--data", "{text}", *SMALL, "--set", "los.alpha=1"], 2, "did you mean loss?"),
     "bad loss": (["--data", "{text}", *SMALL, "--set", "loss.alpha=2"], 2, "wanted alpha in [0, 1]"),
     "text too short": (["--data", "{text}", *SMALL, "--seq-len", 128, "--set", "holdout=9999"], 1, "give more text"),
