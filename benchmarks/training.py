@@ -7,7 +7,7 @@
 Every case starts from the same one-shot model at its pattern (the default method, 16 x 2048 of C4, seed 0), or from
 the dense model ("cold"), and distils the dense model on train/ (OpenWebText, Common Crawl, Wikipedia, books), windows
 of 512 tokens, 4 a step. Perplexity as in benchmarks/quality.py: 2048 tokens, 40 windows of WikiText-2 and 20 of C4.
-"tune" cases are short and are judged by the held-out windows of the training text alone; the others take the best rates.
+"tune" cases are short and are judged by held-out windows of the training text alone; the others take the best rates.
 Texts are found through SECATEUR_DATA. Every finished case is one line of benchmarks/results/training.jsonl.
 """
 

@@ -99,6 +99,8 @@ class TrainConfig:
     """The same, of linears that stay dense; wins over include."""
     gradient_checkpointing: bool = False
     """Compute activations again in backward instead of keeping them. Less memory, a third more work."""
+    shard: bool = False
+    """Of several processes each holds some rows of everything (FSDP2), instead of everything (DDP)."""
     device: Device = "auto"
     """Where to compute; auto takes cuda where there is one."""
     dtype: Dtype = "auto"

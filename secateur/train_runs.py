@@ -20,7 +20,7 @@ from secateur.config import dump_recipe, load_recipe
 from secateur.core.plan import Plan
 from secateur.data.sources import Texts, read_texts
 from secateur.data.tokens import check_seq_len, tokenize
-from secateur.errors import ArtefactError
+from secateur.errors import ArtefactError, UsageError
 from secateur.evaluation.inspect import Inspection, inspect
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.head import check_head
@@ -31,6 +31,7 @@ from secateur.report.artefact import promises_of, write_artefact, write_report
 from secateur.report.facts import Stopwatch, peak_memory, versions
 from secateur.runs import VERIFY_TOKENS, lasting, open_model, resolve_device, resolve_precision, select_linears
 from secateur.train_config import TrainConfig, train_config_from_dict
+from secateur.training import shards
 from secateur.training.batches import Batches, cut
 from secateur.training.checkpoint import Checkpoints, opened, read_steps
 from secateur.training.groups import first_masks, parameter_groups
@@ -119,12 +120,16 @@ class TrainRun:
             before = work.kept
             records, noted = self.steps(work)
             report = self.report(records, noted) | {"out": str(out), "resumed_after_steps": before}
-            clear_leftovers(out)
-            with staged(out, overwrite=True) as folder:
-                found = self.save(folder, records)
-                report |= {"low_rank": asdict(found.low_rank) if found.low_rank else None} | self.spent()
-                write_report(folder / "secateur", report)
-            clear_leftovers(out)
+            shards.gathered(self.student.model)
+            if shards.is_first():
+                clear_leftovers(out)
+                with staged(out, overwrite=True) as folder:
+                    found = self.save(folder, records)
+                    report |= {"low_rank": asdict(found.low_rank) if found.low_rank else None} | self.spent()
+                    write_report(folder / "secateur", report)
+                clear_leftovers(out)
+        if self.config.shard:  # what was trained lies in pieces
+            return self.reopened(out, report)
         return TrainResult(self.student.model, self.student.tokenizer, records, report)
 
     def reopened(self, out: Path, report: dict[str, Any]) -> TrainResult:
@@ -183,6 +188,7 @@ class TrainRun:
             "linears": len(self.plan),
             "weights": self.plan.size,
             "skipped": [row.to_dict() for row in self.selection.skipped],
+            "processes": self.loop.accelerator.num_processes,
             "steps": config.steps,
             "tokens": config.steps * config.step_tokens,
             "epochs": self.batches.epochs(config.steps),
@@ -192,8 +198,9 @@ class TrainRun:
             "skipped_steps": self.loop.skipped,
             "data": [{**text.provenance, "name": text.name} for text in self.texts],
             "warnings": self.warnings(records, noted["pruned"]),
+            "low_rank": None,
             "versions": versions(),
-        }
+        } | self.spent()
 
     def warnings(self, records: list[StepRecord], left: float) -> list[str]:
         """What went badly and what would help. ``left``: how far pruned weights were from zero in the beginning."""
@@ -261,13 +268,18 @@ def _settled(config: TrainConfig, student: Loaded, device: str, precision: str, 
 def _loop(
     student: Loaded, teacher: Loaded, adapter: DecoderAdapter, plan: Plan, batches: Batches, config: TrainConfig
 ) -> Loop:
-    model = student.model.requires_grad_(True).train()
+    accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision="no")
+    model = student.model.to(accelerator.device).requires_grad_(True).train()
+    other = ModelTeacher(teacher.model.to(accelerator.device))
     if config.slorb:
         start_slorb(model, first_masks(adapter, plan), config.slorb)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     autocast = torch.bfloat16 if config.precision == "bfloat16" else None
-    learner = Learner(model, ModelTeacher(teacher.model), config.loss, autocast)
+    learner = Learner(model, other, config.loss, autocast)
+    if config.shard:
+        _check_launched(accelerator)
+        shards.spread(learner, adapter.blocks, accelerator.device)
     optimizer = SparseAdamW(
         parameter_groups(adapter, plan),
         schedule=config.schedule(),
@@ -281,4 +293,9 @@ def _loop(
     options = LoopOptions(
         config.steps, config.lr, config.warmup, config.final_lr, config.clip, config.micro_batch, config.tolerated
     )
-    return Loop(learner, optimizer, batches, options, Accelerator(cpu=config.device == "cpu", mixed_precision="no"))
+    return Loop(learner, optimizer, batches, options, accelerator)
+
+
+def _check_launched(accelerator: Accelerator) -> None:
+    if accelerator.num_processes == 1:
+        raise UsageError("shard deals a model out to several processes and this is one; start it with torchrun")

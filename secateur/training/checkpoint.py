@@ -27,6 +27,7 @@ from torch import Tensor
 
 from secateur.errors import ArtefactError
 from secateur.models.durable import admit, durable, locked
+from secateur.training import shards
 from secateur.training.loop import Loop, StepRecord
 from secateur.training.named_state import deal_state, gather_state
 
@@ -50,6 +51,8 @@ class Checkpoints:
     def keep(self, loop: Loop, records: list[StepRecord], noted: dict[str, Any]) -> None:
         """Make the state after the last step durable, with whatever else was noted, then forget the one before."""
         tensors, numbers = loop_state(loop)
+        if not shards.is_first():
+            return
         file = self._file(loop.step)
         durable(file, lambda new: save_file(tensors, new, {"numbers": json.dumps(numbers)}))
         lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
@@ -61,20 +64,26 @@ class Checkpoints:
                 old.unlink()
 
     def restore(self, loop: Loop) -> tuple[list[StepRecord], dict[str, Any]]:
-        """Bring a freshly made loop to where the last state stands; the records up to there, and what was noted."""
-        state = self._state()
+        """Bring a freshly made loop to where the last state stands; the records up to there, and what was noted.
+
+        In all processes; the first one reads.
+        """
+        state = shards.told(self._state())
         if not state["step"]:
             return [], {}
+        tensors, numbers, records = self._read(state) if shards.is_first() else ({}, {}, [])
+        restore_loop(loop, tensors, shards.told(numbers))
+        return shards.told(records), state["noted"]
+
+    def _read(self, state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any], list[StepRecord]]:
         file = self._file(state["step"])
         try:
             with safe_open(file, framework="pt") as opened_file:
                 tensors = {name: opened_file.get_tensor(name) for name in opened_file.keys()}  # noqa: SIM118
                 numbers = json.loads(opened_file.metadata()["numbers"])
-            records = read_steps(self.path / RECORDS)[: state["records"]]
+            return tensors, numbers, read_steps(self.path / RECORDS)[: state["records"]]
         except (SafetensorError, OSError, ValueError, TypeError) as error:
             raise _unreadable(file, error) from error
-        restore_loop(loop, tensors, numbers)
-        return records, state["noted"]
 
     def remove(self) -> None:
         """The run is complete, or has nothing to keep."""
@@ -107,7 +116,7 @@ def restore_loop(loop: Loop, tensors: Mapping[str, Tensor], numbers: Mapping[str
     """Take a ``loop_state`` back. In all processes; what the first one passes counts."""
     trained = {name: tensor for name, tensor in tensors.items() if name != RANDOM}
     deal_state(loop.optimizer, loop.learner.student.named_parameters(), trained, numbers["optimizer"])
-    torch.set_rng_state(tensors[RANDOM])
+    torch.set_rng_state(shards.told(tensors.get(RANDOM)))
     loop.step, loop.skipped = numbers["step"], numbers["skipped"]
 
 
@@ -115,14 +124,23 @@ def restore_loop(loop: Loop, tensors: Mapping[str, Tensor], numbers: Mapping[str
 def opened(out: Path, run: Mapping[str, Any], *, resume: bool) -> Iterator[Checkpoints]:
     """The run's directory beside ``out``, locked. A failure inside leaves it, unless there is no state in it.
 
+    Of several processes the first locks, writes and removes; the others wait until it is admitted and until it is done.
+
     ``run`` is what decides the bytes; UsageError as ``models.durable.admit`` and ``locked`` say.
     """
     work = Checkpoints(out.with_name(out.name + SUFFIX))
+    if not shards.is_first():
+        shards.wait()
+        yield work
+        shards.wait()
+        return
     work.path.mkdir(parents=True, exist_ok=True)
     with locked(work.path):
         admit(work.path, run, resume=resume, kept=f"{work.kept} steps" if work.kept else "")
+        shards.wait()
         try:
             yield work
+            shards.wait()
         except BaseException as error:
             if work.kept:
                 error.add_note(f"{work.path} keeps {work.kept} steps: go on with --resume, or delete it")

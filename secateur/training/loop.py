@@ -15,17 +15,19 @@ B = rows of a batch, S = tokens of a row.
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from secateur.core.losses import Losses
 from secateur.core.sparse_adamw import rate
 from secateur.errors import NumericalError, UsageError
+from secateur.training import shards
 from secateur.training.batches import Batches
 from secateur.training.learner import Learner
 from secateur.training.optimizer import SparseAdamW
@@ -82,7 +84,7 @@ class Loop:
     ) -> None:
         self.learner, self.optimizer, self.batches, self.options = learner, optimizer, batches, options
         self.accelerator = accelerator
-        self.wrapped: nn.Module = accelerator.prepare(learner)
+        self.wrapped: nn.Module = learner if isinstance(learner, FSDPModule) else accelerator.prepare(learner)
         self.step, self.skipped = 0, 0
         if batches.batch % accelerator.num_processes:
             raise UsageError(
@@ -98,7 +100,7 @@ class Loop:
         start = time.perf_counter()
         lr = rate(self.step + 1, self.options.steps, self.options.lr, self.options.warmup, self.options.final_lr)
         losses = self._gradients(self._own(self.batches.at(self.step)))
-        norm = float(self.accelerator.clip_grad_norm_(self.learner.parameters(), self.options.clip) or 0)
+        norm = self._norm()
         finite = math.isfinite(norm) and all(map(math.isfinite, losses))
         if finite:
             self._move(lr)
@@ -118,14 +120,25 @@ class Loop:
         parts = ids.split(self.options.micro_batch)
         sums = torch.zeros(3, device=ids.device)
         for number, part in enumerate(parts, 1):
-            last = number == len(parts)
-            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+            with self._sums_up(last=number == len(parts)):
                 losses: Losses = self.wrapped(part)
                 self.accelerator.backward(losses.total * (len(part) / len(ids)))
             told = torch.stack([losses.total.detach(), losses.divergence, losses.cross_entropy])
             sums += told * (len(part) / len(ids))
         total, divergence, entropy = self.accelerator.reduce(sums, "mean").tolist()  # pyright: ignore
         return total, divergence, entropy
+
+    def _sums_up(self, *, last: bool) -> AbstractContextManager[None]:
+        """Gradients are averaged over the processes once a batch, with its last part."""
+        if isinstance(self.wrapped, FSDPModule):
+            self.wrapped.set_requires_gradient_sync(last)
+            return nullcontext()
+        return nullcontext() if last else self.accelerator.no_sync(self.wrapped)
+
+    def _norm(self) -> float:
+        """Of the gradient, which is cut to ``clip``."""
+        norm = self.accelerator.clip_grad_norm_(self.learner.parameters(), self.options.clip)
+        return float(shards.whole(norm))  # pyright: ignore[reportArgumentType]
 
     def _move(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -142,7 +155,7 @@ class Loop:
 
     @torch.no_grad()
     def held_out(self) -> dict[str, float]:
-        """Divergence and cross entropy on the windows that are never trained on, by this process."""
+        """Divergence and cross entropy on the windows that are never trained on. In all processes."""
         self.learner.eval()
         sums = torch.zeros(2)
         for ids in self.batches.holdout.long().split(self.options.micro_batch):
@@ -151,5 +164,6 @@ class Loop:
                 len(ids) / len(self.batches.holdout)
             )
         self.learner.train()
+        shards.reshard(self.learner)
         divergence, entropy = sums.tolist()
         return {"divergence": divergence, "cross_entropy": entropy}

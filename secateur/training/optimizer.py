@@ -303,12 +303,14 @@ class SparseAdamW(Optimizer):
 
 @torch.no_grad()
 def left_over(optimizer: SparseAdamW) -> float:
-    """Mean distance from zero of the pruned masters."""
-    total, count = 0.0, 0
-    for state in optimizer.state.values():
+    """Mean distance from zero of the pruned masters. Together."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    for parameter, state in optimizer.state.items():
         if "mask" in state:
-            pruned = state["master"][~state["mask"]]
-            total, count = total + float(pruned.abs().sum(dtype=torch.float64)), count + pruned.numel()
+            pruned = local(state["master"])[~local(state["mask"])]
+            own = torch.stack([pruned.abs().sum(dtype=torch.float64), pruned.new_tensor(pruned.numel()).double()])
+            sums += shards.total(own, parameter).cpu()
+    total, count = sums.tolist()
     return total / max(count, 1)
 
 

@@ -7,11 +7,14 @@ processes. A plain tensor is whole in every process, and every function hands it
 Functions that say "together" talk to the other processes: all that share the parameter must call them, in one order.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
@@ -71,7 +74,40 @@ def norm(part: Tensor, parameter: Tensor) -> Tensor:
     return total(own.square(), parameter).sqrt() if is_split(parameter) else own
 
 
+def spread(module: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
+    """Deal the rows of every parameter out to the processes, gathered block by block when they are used (FSDP2)."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+
+
+@torch.no_grad()
+def gathered(model: nn.Module) -> None:
+    """Whole parameters again, in the first process; the model can then be saved, but not run. Together."""
+    found: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if isinstance(parameter, DTensor):
+                if parameter not in found:
+                    every = whole(parameter)  # in all processes, though the first alone keeps it
+                    found[parameter] = nn.Parameter(every if is_first() else every.new_empty(0), requires_grad=False)
+                module._parameters[name] = found[parameter]
+
+
+def reshard(module: nn.Module) -> None:
+    """Drop what FSDP2 has gathered for a forward without a backward: weights that change now would not be seen."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
+
+
 # --------------------------------------------------------------------------------------------------- the first process
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def is_first() -> bool:

@@ -33,6 +33,7 @@ def process(rank: int, size: int, port: int, death: str, arguments: list[str]) -
         return child
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
     if death.startswith(f"{rank}:"):
         die_after(int(death.partition(":")[2]))
     code = main(arguments)

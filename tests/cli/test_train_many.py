@@ -1,0 +1,92 @@
+"""Several processes train one model as one process would, and go on where another number of processes stopped."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from secateur.training.loop import Loop
+
+SMALL = ["--tokens", 1536, "--seq-len", 32, "--batch", 4, "--micro-batch", 1, "--lr", 1e-3, "--set", "holdout=4"]
+EXACT = ["--set", "precision=float32", "--set", "refresh=3", "--set", "checkpoint=6"]
+DRIVER = Path(__file__).parent / "many.py"
+WAYS = {"DDP": [], "FSDP2": ["--set", "shard=true"]}
+
+
+def two(*arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    command = [sys.executable, DRIVER, "2", "none", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.fixture
+def flags(model_dir, text_file):
+    return ["train", model_dir, "--data", text_file, *SMALL, *EXACT, "--slorb", 8, "--json"]
+
+
+def apart(one, other):
+    """The largest difference of two saved models' weights, and the share of zeros that lie elsewhere."""
+    files = ("model.safetensors", "low_rank/adapter_model.safetensors")
+    pairs = [(load_file(one / file), load_file(other / file)) for file in files]
+    assert all(a.keys() == b.keys() for a, b in pairs)
+    tensors = [(a[name], b[name]) for a, b in pairs for name in a]
+    moved = sum(((x == 0) != (y == 0)).sum().item() for x, y in tensors) / sum(x.numel() for x, _ in tensors)
+    return max((x - y).abs().max().item() for x, y in tensors), moved
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_train_as_one(way, flags, run, tmp_path):
+    alone = run(*flags, "--out", tmp_path / "one")
+    assert alone.code == 0, alone.err
+    ran = two(*flags, *WAYS[way], "--out", tmp_path / "two")
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    report = json.loads(ran.stdout)  # one report, of the first process
+    assert report["processes"] == 2
+    for place in ("before", "after"):
+        assert report["held_out"][place]["divergence"] == pytest.approx(
+            alone.json["held_out"][place]["divergence"], rel=1e-3
+        )
+    difference, moved = apart(tmp_path / "one", tmp_path / "two")
+    assert difference < 1e-3
+    assert moved < 1e-3
+    assert run("inspect", tmp_path / "two").code == 0
+
+
+class KilledError(BaseException):
+    """Stands for the end of the process."""
+
+
+def test_two_go_on_where_one_was_killed(flags, run, tmp_path, monkeypatch):
+    step = Loop._step
+
+    def killed(self):
+        if self.step == 7:
+            raise KilledError
+        return step(self)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_step", killed)
+        with pytest.raises(KilledError):
+            run(*flags, "--out", out)
+    ran = two(*flags, "--out", out, "--resume")
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert json.loads(ran.stdout)["resumed_after_steps"] == 6
+    assert run(*flags, "--out", tmp_path / "one").code == 0
+    assert apart(tmp_path / "one", out)[0] < 1e-3
+
+
+def test_one_process_alone_shards_nothing(flags, run, tmp_path):
+    ran = run(*flags, "--set", "shard=true", "--out", tmp_path / "out")
+    assert ran.code == 2
+    assert "start it with torchrun" in ran.error
+
+
+def test_a_batch_must_divide(flags, tmp_path):
+    ran = two(*flags, "--batch", 3, "--out", tmp_path / "out")
+    assert ran.returncode != 0
+    assert "batch 3 does not divide over 2 processes" in ran.stderr
