@@ -103,6 +103,8 @@ class TrainConfig:
     """Of several processes each holds some rows of everything (FSDP2), instead of everything (DDP)."""
     device: Device = "auto"
     """Where to compute; auto takes cuda where there is one."""
+    teacher_device: Device = "auto"
+    """Where the teacher lies and computes; auto is beside the student."""
     dtype: Dtype = "auto"
     """Type that the student is loaded and saved in; masters are float32 always."""
     precision: Precision = "auto"

@@ -4,19 +4,17 @@ Nothing appears at OUT before everything in it has been opened again and checked
 kept beside it (``training.checkpoint``).
 """
 
-import copy
 import hashlib
-import os
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secateur.config import dump_recipe, load_recipe
+from secateur.config import dump_recipe
 from secateur.core.plan import Plan
 from secateur.data.sources import Texts, read_texts
 from secateur.data.tokens import check_seq_len, tokenize
@@ -30,21 +28,19 @@ from secateur.pruning.selection import Selection
 from secateur.report.artefact import promises_of, write_artefact, write_report
 from secateur.report.facts import Stopwatch, peak_memory, versions
 from secateur.runs import VERIFY_TOKENS, lasting, open_model, resolve_device, resolve_precision, select_linears
+from secateur.teachers import Named, Tutor, tutor
 from secateur.train_config import TrainConfig, train_config_from_dict
 from secateur.training import shards
 from secateur.training.batches import Batches, cut
 from secateur.training.checkpoint import Checkpoints, opened, read_steps
 from secateur.training.groups import first_masks, parameter_groups
-from secateur.training.learner import Learner, ModelTeacher, check_same_vocabulary
+from secateur.training.learner import Learner
 from secateur.training.loop import Loop, LoopOptions, StepRecord
 from secateur.training.low_rank import start_slorb
 from secateur.training.optimizer import SparseAdamW, left_over
 
 MACHINE = ("checkpoint",)
 """Keys of a recipe that change how a machine is used and not one byte of the result."""
-RECIPE = Path("secateur") / "recipe.yaml"
-Named = str | os.PathLike[str] | Loaded
-"""A model by name or path, or as ``models.load`` gives it."""
 UNSETTLED = 1e-3
 """Share of a mask that changed at its last refresh, above which it is said to oscillate."""
 
@@ -65,7 +61,7 @@ class TrainRun:
     """Everything that is settled before the first step."""
 
     student: Loaded
-    teacher: Loaded
+    teacher: Tutor
     texts: list[Texts]
     batches: Batches
     config: TrainConfig
@@ -76,15 +72,14 @@ class TrainRun:
 
     @classmethod
     def prepare(cls, student: Named, teacher: Named | None, config: TrainConfig, watch: Stopwatch) -> "TrainRun":
-        device, precision = (
-            resolve_device(config.device),
-            resolve_precision(config.precision, resolve_device(config.device)),
-        )
+        device = resolve_device(config.device)
+        precision = resolve_precision(config.precision, device)
+        accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
         with watch.stage("data", f"read {', '.join(config.data)}"):
             texts = [read_texts(name, "calibration") for name in config.data]
         own = open_model(student, None, config.dtype, watch)
-        other = _teacher(own, teacher, precision, watch)
-        check_same_vocabulary(own.model, other.model)
+        place = accelerator.device if config.teacher_device == "auto" else torch.device(config.teacher_device)
+        other = tutor(own, teacher, config.loss, precision, place, watch)
         check_seq_len(config.seq_len, getattr(own.model.config, "max_position_embeddings", None))
         with watch.stage("tokenize"):
             tokens = [tokenize(text, own.tokenizer) for text in texts]
@@ -95,7 +90,7 @@ class TrainRun:
             check_head(own.model, batches.holdout[:1, :VERIFY_TOKENS].long())
         settled = _settled(config, own, device, precision, len(adapter.blocks))
         torch.manual_seed(config.seed)  # dropout, where a model has it
-        loop = _loop(own, other, adapter, selection.plan, batches, settled)
+        loop = _loop(own, other, adapter, selection.plan, batches, settled, accelerator)
         return cls(own, other, texts, batches, settled, selection, loop, watch)
 
     @property
@@ -230,28 +225,6 @@ def _said(record: StepRecord) -> str:
     return f"{loss}, text {record.cross_entropy:.3f}, masks moved {record.flip_rate:.2e}"
 
 
-def _teacher(
-    student: Loaded, teacher: Named | None, precision: Literal["float32", "bfloat16"], watch: Stopwatch
-) -> Loaded:
-    """The model to learn from, in the type of the products: what was asked for, or the student's dense original."""
-    if isinstance(teacher, Loaded):
-        return teacher
-    source = os.fspath(teacher) if teacher is not None else dense_original(student.source)
-    if source != student.source:
-        return open_model(source, None, precision, watch)
-    model = copy.deepcopy(student.model).to(getattr(torch, precision))  # once from the disk is enough
-    return Loaded(model, student.tokenizer, student.source, student.fingerprint)
-
-
-def dense_original(source: str) -> str:
-    """What a directory of ours was made from, by its own record; anything else is its own original."""
-    recipe = Path(source).expanduser() / RECIPE
-    if not recipe.is_file():
-        return source
-    made = load_recipe(recipe)
-    return str(made.get("teacher") or made.get("model") or source)
-
-
 def _settled(config: TrainConfig, student: Loaded, device: str, precision: str, total: int) -> TrainConfig:
     """The config with nothing left to circumstances."""
     blocks = config.block_range(total)
@@ -266,17 +239,21 @@ def _settled(config: TrainConfig, student: Loaded, device: str, precision: str, 
 
 
 def _loop(
-    student: Loaded, teacher: Loaded, adapter: DecoderAdapter, plan: Plan, batches: Batches, config: TrainConfig
+    student: Loaded,
+    teacher: Tutor,
+    adapter: DecoderAdapter,
+    plan: Plan,
+    batches: Batches,
+    config: TrainConfig,
+    accelerator: Accelerator,
 ) -> Loop:
-    accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision="no")
     model = student.model.to(accelerator.device).requires_grad_(True).train()
-    other = ModelTeacher(teacher.model.to(accelerator.device))
     if config.slorb:
         start_slorb(model, first_masks(adapter, plan), config.slorb)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     autocast = torch.bfloat16 if config.precision == "bfloat16" else None
-    learner = Learner(model, other, config.loss, autocast)
+    learner = Learner(model, teacher.ask, config.loss, autocast)
     if config.shard:
         _check_launched(accelerator)
         shards.spread(learner, adapter.blocks, accelerator.device)

@@ -89,8 +89,25 @@ class Losses(NamedTuple):
 
 Head = Callable[[Float[Tensor, "T D"]], Float[Tensor, "T V"]]
 """Logits of some tokens: the model's output projection, with its bias, scale or cap where it has one."""
-Taught = Callable[[int, int], Float[Tensor, "T V"]]
-"""Logits of the teacher for the tokens from one number to another; asked for in forward and again in backward."""
+
+
+class TopK(NamedTuple):
+    """What a cache keeps of the teacher's distribution at one temperature: k of V log probabilities."""
+
+    log_p: Float[Tensor, "T k"]
+    tokens: Int[Tensor, "T k"]
+
+    @classmethod
+    def of(cls, logits: Float[Tensor, "T V"], k: int, temperature: float) -> "TopK":
+        return cls(*_log_p(logits.float(), temperature).topk(k, dim=-1))
+
+    def rows(self, piece: slice) -> "TopK":
+        return TopK(self.log_p[piece], self.tokens[piece])
+
+
+Taught = Callable[[int, int], Float[Tensor, "T V"] | TopK]
+"""What the teacher says of the tokens from one number to another: its logits, or what was kept of them. Asked for in
+forward and, where there is more than one chunk, again in backward."""
 
 
 def distill(
@@ -120,7 +137,7 @@ def _sums(
     hidden: Float[Tensor, "T D"],
     head: Head,
     targets: Int[Tensor, " T"],
-    taught: Callable[[], Float[Tensor, "T V"]],
+    taught: Callable[[], Float[Tensor, "T V"] | TopK],
     options: Distillation,
 ) -> _Sums:
     with torch.no_grad():
@@ -137,7 +154,11 @@ class _InPieces(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Float[Tensor, "T V"], teacher: Float[Tensor, "T V"], targets: Tensor, options: Distillation
+        ctx: Any,
+        logits: Float[Tensor, "T V"],
+        teacher: Float[Tensor, "T V"] | TopK,
+        targets: Int[Tensor, " T"],
+        options: Distillation,
     ) -> _Sums:
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(logits) if wanted else None
@@ -147,7 +168,8 @@ class _InPieces(torch.autograd.Function):
             piece = slice(start, start + rows)
             own = logits[piece].detach().float().requires_grad_(wanted)
             with torch.enable_grad(), saved_tensors_hooks(_same, _same):  # not checkpoint's, which would begin again
-                sums = _piece_sums(own, teacher[piece].float(), targets[piece], options)
+                some = teacher.rows(piece) if isinstance(teacher, TopK) else teacher[piece].float()
+                sums = _piece_sums(own, some, targets[piece], options)
             if gradient is not None:
                 gradient[piece] = torch.autograd.grad(sums[0], own)[0]
             totals += torch.stack(sums).detach()
@@ -167,11 +189,14 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def _piece_sums(
-    own: Float[Tensor, "T V"], teacher: Float[Tensor, "T V"], targets: Int[Tensor, " T"], options: Distillation
+    own: Float[Tensor, "T V"], teacher: Float[Tensor, "T V"] | TopK, targets: Int[Tensor, " T"], options: Distillation
 ) -> _Sums:
     temperature = options.temperature
     entropy = F.cross_entropy(own, targets, ignore_index=IGNORED, reduction="sum")
-    apart = DIVERGENCES[options.divergence](_log_p(own, temperature), _log_p(teacher, temperature))
+    if isinstance(teacher, TopK):
+        apart = tail_kl(own, teacher, temperature)
+    else:
+        apart = DIVERGENCES[options.divergence](_log_p(own, temperature), _log_p(teacher, temperature))
     apart = (apart * (targets != IGNORED)).sum()
     return options.alpha * temperature**2 * apart + (1 - options.alpha) * entropy, apart, entropy
 
@@ -181,17 +206,6 @@ def _log_p(logits: Float[Tensor, "T V"], temperature: float) -> Float[Tensor, "T
 
 
 # ----------------------------------------------------------------------------------------------------- a cached teacher
-
-
-class TopK(NamedTuple):
-    """What a cache keeps of the teacher's distribution at one temperature: k of V log probabilities."""
-
-    log_p: Float[Tensor, "T k"]
-    tokens: Int[Tensor, "T k"]
-
-    @classmethod
-    def of(cls, logits: Float[Tensor, "T V"], k: int, temperature: float) -> "TopK":
-        return cls(*_log_p(logits.float(), temperature).topk(k, dim=-1))
 
 
 def tail_kl(student: Float[Tensor, "T V"], teacher: TopK, temperature: float) -> Float[Tensor, " T"]:

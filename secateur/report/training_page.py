@@ -5,7 +5,33 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from secateur.report.tables import command, facts, low_rank_row, percent, size, skipped_lines, time_of, warning_lines
+from secateur.report.tables import (
+    command,
+    facts,
+    low_rank_row,
+    percent,
+    seconds,
+    size,
+    skipped_lines,
+    time_of,
+    warning_lines,
+)
+
+
+def cache_summary(told: dict[str, Any]) -> list[RenderableType]:
+    """What was kept, and the command that learns from it."""
+    cache = told["cache"]
+    tokens = cache["windows"] * cache["seq_len"]
+    rows = {
+        "text": f"{cache['windows']} windows of {cache['seq_len']} tokens",
+        "kept": f"{cache['k']} tokens of each distribution at temperature {cache['temperature']:g}",
+        "size": f"{size(told['bytes'])}, {told['bytes'] / tokens:.0f} bytes a token",
+        "time": seconds(told["seconds"]),
+    }
+    return [
+        *facts(f"answers of {cache['teacher']}", rows),
+        command("Next:", "secateur", "train", cache["teacher"], "--teacher", told["out"], "--tokens", str(tokens)),
+    ]
 
 
 def train_summary(report: dict[str, Any]) -> list[RenderableType]:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.core.losses import Distillation, Losses, Taught, distill, shifted
-from secateur.errors import UsageError
 from secateur.models.head import body, head
 
 
@@ -64,13 +63,3 @@ class Learner(nn.Module):
 
     def _head(self, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T V"]:
         return head(self.student, hidden)
-
-
-def check_same_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """UsageError where their logits do not speak of the same tokens."""
-    own, other = student.config.get_text_config().vocab_size, teacher.config.get_text_config().vocab_size
-    if own != other:
-        raise UsageError(
-            f"the student has {own} tokens and the teacher {other}; distillation compares their distributions token by "
-            "token, so give a teacher of the same vocabulary: the dense original"
-        )

@@ -1,0 +1,94 @@
+"""``secateur cache``: a student learns from answers on disk as it does from the model that gave them."""
+
+import json
+
+import pytest
+
+SMALL = ["--tokens", 4096, "--seq-len", 32, "--batch", 4, "--lr", 1e-2, "--set", "holdout=4", "--set", "loss.alpha=1"]
+
+
+@pytest.fixture(scope="module")
+def sharp_dir(model_dir, byte_tokenizer, tmp_path_factory):
+    """The tiny Llama with weights so large that its words follow from its input."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    for parameter in model.parameters():
+        parameter.data *= 8 if parameter.ndim == 2 else 1
+    path = tmp_path_factory.mktemp("models") / "sharp"
+    model.save_pretrained(path)
+    byte_tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cache(run, sharp_dir, text_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("cache") / "cache"
+    ran = run("cache", sharp_dir, "--data", text_file, "--seq-len", 32, "--top-k", 255, "--out", out, "--json")
+    assert ran.code == 0, ran.err
+    return out
+
+
+def test_learning_from_the_cache_is_learning_from_the_model(run, cache, sharp_dir, text_file, tmp_path):
+    """255 of 260 tokens and a bucket: nearly the whole divergence."""
+    flags = ["train", sharp_dir, "--data", text_file, *SMALL, "--json"]
+    model = run(*flags, "--out", tmp_path / "model")
+    cached = run(*flags, "--teacher", cache, "--out", tmp_path / "cached")
+    assert cached.code == 0, cached.err
+    assert cached.json["teacher"]["source"] == str(sharp_dir)
+    for place in ("before", "after"):
+        there, here = (ran.json["held_out"][place]["divergence"] for ran in (model, cached))
+        assert here == pytest.approx(there, rel=0.05)
+
+
+def test_size_and_facts(cache):
+    facts = json.loads((cache / "cache.json").read_text())
+    assert (facts["k"], facts["seq_len"], facts["windows"], facts["vocabulary"]) == (255, 32, 281, 260)
+    size = sum(file.stat().st_size for file in cache.glob("*.safetensors"))
+    assert size == pytest.approx(281 * 32 * (255 * 6 + 4), rel=0.01)
+
+
+def test_a_build_that_was_killed_goes_on_to_the_same_bytes(run, cache, sharp_dir, text_file, tmp_path, monkeypatch):
+    from secateur.training import cache as room
+
+    flags = ["cache", sharp_dir, "--data", text_file, "--seq-len", 32, "--top-k", 255, "--out", tmp_path / "out"]
+    answer, calls = room._answer, iter(range(1000))
+
+    def killed(*args):
+        if next(calls) == 150:
+            raise KeyboardInterrupt
+        return answer(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "_answer", killed)
+        assert run(*flags).code == 130
+    assert not (tmp_path / "out").exists()
+    assert "holds an unfinished run of 2 files" in run(*flags).error
+    assert run(*flags, "--resume").code == 0
+    for file in cache.glob("*.safetensors"):
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+WRONG = {
+    "other windows": (["--seq-len", 16], 1, "does not hold a window of this text"),
+    "other temperature": (["--set", "loss.temperature=1"], 2, "set loss.temperature=2"),
+    "other divergence": (["--set", "loss.divergence=reverse"], 2, "set loss.divergence=forward"),
+}
+
+
+@pytest.mark.parametrize(("flags", "code", "said"), WRONG.values(), ids=WRONG)
+def test_a_cache_that_does_not_fit(flags, code, said, run, cache, sharp_dir, text_file, tmp_path):
+    base = ["train", sharp_dir, "--data", text_file, *SMALL, "--teacher", cache]
+    ran = run(*base, *flags, "--out", tmp_path / "out")
+    assert ran.code == code, ran.err
+    assert said in ran.error
+
+
+@pytest.mark.parametrize("damage", [b"{", b'{"version": 9}'], ids=["cut short", "later version"])
+def test_a_damaged_manifest(damage, run, cache, sharp_dir, text_file, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "cache.json").write_bytes(damage)
+    ran = run("train", sharp_dir, "--data", text_file, *SMALL, "--teacher", broken, "--out", tmp_path / "out")
+    assert ran.code == 1
+    assert "build it again" in ran.error or "this Secateur knows 1" in ran.error
