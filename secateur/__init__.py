@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from secateur.api import evaluate, load_pruned, prune, train
     from secateur.config import PruneConfig
+    from secateur.export.directory import load_packed
+    from secateur.exports import export_to, unpack
     from secateur.planning import PlanReport, plan
     from secateur.train_config import TrainConfig
 
@@ -25,10 +27,13 @@ __all__ = [
     "TrainConfig",
     "__version__",
     "evaluate",
+    "export_to",
+    "load_packed",
     "load_pruned",
     "plan",
     "prune",
     "train",
+    "unpack",
 ]
 
 _HOMES = {
@@ -36,10 +41,13 @@ _HOMES = {
     "PlanReport": "secateur.planning",
     "TrainConfig": "secateur.train_config",
     "evaluate": "secateur.api",
+    "export_to": "secateur.exports",
+    "load_packed": "secateur.export.directory",
     "load_pruned": "secateur.api",
     "plan": "secateur.planning",
     "prune": "secateur.api",
     "train": "secateur.api",
+    "unpack": "secateur.exports",
 }
 
 

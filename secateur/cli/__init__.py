@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import click
 
-from secateur.cli import cache, demo, eval, inspect, methods, plan, prune, train
+from secateur.cli import cache, demo, eval, export, inspect, methods, plan, prune, train, unpack
 from secateur.cli.options import debug_option, first_process
 from secateur.errors import SecateurError
 
@@ -37,7 +37,7 @@ def cli() -> None:
     """
 
 
-for verb in (prune, train, cache, plan, eval, inspect, methods, demo):
+for verb in (prune, train, cache, plan, eval, inspect, export, unpack, methods, demo):
     cli.add_command(verb.command)
 
 

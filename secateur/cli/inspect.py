@@ -17,16 +17,21 @@ BROKEN = 1
 def command(directory: Path, baseline: str | None, as_json: bool) -> int:
     """Check the saved weights in DIR: sparsity, patterns, finiteness, tied weights.
 
-    The exit code is 1 when a promise recorded in DIR is broken.
+    The exit code is 1 when a promise recorded in DIR is broken. A packed DIR is decoded, and every checksum
+    verified.
     """
     from secateur.evaluation.inspect import inspect
+    from secateur.export.directory import is_packed, load_packed
     from secateur.models.load import load
     from secateur.models.stored import stored_state
+    from secateur.report.export_page import packed_lines
     from secateur.report.tables import inspect_tables
 
     reference = None
     if baseline is not None:
         reference = stored_state(load(baseline, dtype="auto").model)
-    found = inspect(directory, reference)
-    emit(as_json, found.to_dict(), *inspect_tables(found))
+    packed = load_packed(directory) if is_packed(directory) else None
+    found = inspect(directory, reference, packed)
+    told = {**found.to_dict(), "packed": packed is not None}
+    emit(as_json, told, *inspect_tables(found), *(packed_lines(found.path) if packed else []))
     return BROKEN if found.broken else 0

@@ -142,10 +142,17 @@ class Inspection:
         return {**asdict(self), "sparsity": self.sparsity}
 
 
-def inspect(directory: str | Path, baseline: str | Path | Mapping[str, Tensor] | None = None) -> Inspection:
-    """Read every tensor once and check it. ``baseline``: a directory, or a loaded model's ``state_dict()``."""
+def inspect(
+    directory: str | Path,
+    baseline: str | Path | Mapping[str, Tensor] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> Inspection:
+    """Read every tensor once and check it. ``baseline``: a directory, or a loaded model's ``state_dict()``.
+
+    ``tensors`` stand for the directory's own files where they are stored in another form.
+    """
     directory = Path(directory)
-    checkpoint = Checkpoint(directory)
+    checkpoint = Checkpoint(directory) if tensors is None else tensors
     promises = _read_promises(directory)
     base = Checkpoint(Path(baseline)) if isinstance(baseline, str | Path) else baseline
     linears, tied = (promises.linears, promises.tied) if promises else ([], [])
@@ -249,7 +256,7 @@ def _compare(name: str, tensor: Tensor, base: Tensor, promises: list[Promise], r
         report.broken.append(f"{name}: outside the plan, yet not the baseline's")
 
 
-def _check_tied(group: list[str], checkpoint: Checkpoint, directory: Path, report: Inspection) -> None:
+def _check_tied(group: list[str], checkpoint: Mapping[str, Tensor], directory: Path, report: Inspection) -> None:
     """Tied weights are stored once (the loader ties them again, if config.json lets it) or several times, equal."""
     stored = [name for name in group if name in checkpoint]
     if not stored:

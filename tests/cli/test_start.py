@@ -9,7 +9,7 @@ import pytest
 import secateur
 from secateur.cli import cli
 
-HEAVY = ("torch", "transformers", "datasets", "pydantic", "numpy")
+HEAVY = ("torch", "transformers", "datasets", "pydantic", "numpy", "zstandard")
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -39,7 +39,7 @@ def test_version(run):
 
 
 def test_verbs(run):
-    assert list(cli.commands) == ["prune", "plan", "eval", "inspect", "methods", "demo"]
+    assert list(cli.commands) == ["prune", "plan", "eval", "inspect", "export", "unpack", "methods", "demo"]
     assert run().out == run("--help").out
 
 
@@ -52,12 +52,17 @@ def test_every_verb_has_help_and_debug(run):
 
 
 def test_public_names():
-    from secateur import PruneConfig, evaluate, load_pruned, plan, prune
+    from secateur import PruneConfig, TrainConfig, evaluate, export_to, load_packed, load_pruned, plan, prune, train, unpack
 
     assert callable(prune)
     assert callable(plan)
     assert callable(evaluate)
+    assert callable(train)
     assert callable(load_pruned)
+    assert callable(export_to)
+    assert callable(load_packed)
+    assert callable(unpack)
+    assert TrainConfig(tokens=10_000).steps == 2
     assert PruneConfig(sparsity=0.5).sparsity == 0.5
 
 

@@ -1,0 +1,199 @@
+"""A Hugging Face directory packed file by file, and back; its tensors without unpacking it.
+
+``NAME.safetensors`` becomes ``NAME.sparse.safetensors``, so that nobody loads a packed file for weights by accident;
+everything else (config, tokenizer, index, ``secateur/``) is copied. Nothing appears at OUT before all of it has been
+written and, when packing, read back. Memory: one chunk of one tensor.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+import torch
+from torch import Tensor
+
+from secateur.errors import ArtefactError, UsageError
+from secateur.export.container import AGAIN, parse_json
+from secateur.export.sizes import Sizes, sizes_of
+from secateur.export.sparse_safetensors import Done, PackedFile, pack_file, unpack_file
+from secateur.models.headers import INDEX
+from secateur.models.save import staged
+
+DENSE, SPARSE = ".safetensors", ".sparse.safetensors"
+TORCH = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""Types of safetensors that are types of torch, element for element."""
+
+
+class Shown(Protocol):
+    """Told how much of a stage is done."""
+
+    def update(self, done: int, total: int, detail: str = "") -> None: ...
+
+
+class Watch(Protocol):
+    """Times the stages of a run and shows how far they are."""
+
+    @property
+    def progress(self) -> Shown: ...
+    def stage(self, name: str, said: str = "") -> AbstractContextManager[None]: ...
+
+
+def pack_directory(source: Path, out: Path, watch: Watch) -> Sizes:
+    """Write the packed directory `out`, read it back, and only then give it its name. Stages: pack, check.
+
+    ArtefactError where `source` holds no safetensors, lacks a shard or is packed already, and where a tensor does not
+    come back; UsageError where `out` is occupied or inside `source`.
+    """
+    names = dense_names(source)
+    sizes = {name: (source / name).stat().st_size for name in names}
+    with _rebuilt(source, out, names) as stage:
+        with watch.stage("pack"):
+            for name, done in _counted(sizes, watch):
+                pack_file(source / name, stage / _packed(name), done)
+        files = [PackedFile.open(stage / _packed(name)) for name in names]
+        with watch.stage("check", "read it back"):
+            for file, (_, done) in zip(files, _counted(sizes, watch), strict=True):
+                file.check(done)
+    return sizes_of(files)
+
+
+def unpack_directory(source: Path, out: Path, watch: Watch) -> int:
+    """Write the dense directory `out`, byte for byte what was packed. Stage: unpack. Returns the bytes written.
+
+    ArtefactError for damage of any kind and where the disk has no room; UsageError where `out` is occupied.
+    """
+    files = packed_files(source)
+    sizes = {file.path.name: file.dense.file_bytes for file in files}
+    with _rebuilt(source, out, list(sizes)) as stage:
+        needed, free = sum(sizes.values()), shutil.disk_usage(stage).free
+        if needed > free:
+            raise ArtefactError(f"{source} unpacks to {needed:,} bytes, {free:,} are free at {out}; free some")
+        with watch.stage("unpack"):
+            for name, done in _counted(sizes, watch):
+                unpack_file(source / name, stage / _dense(name), done)
+    return needed
+
+
+def dense_names(directory: Path) -> list[str]:
+    """The safetensors files of a directory that is not packed."""
+    if is_packed(directory):
+        raise ArtefactError(f"{directory} is packed already; unpack it with `secateur unpack {directory} --out DIR`")
+    return _weight_files(directory, DENSE, "give a directory that save_pretrained wrote")
+
+
+def packed_files(directory: Path) -> list[PackedFile]:
+    """All of them, headers checked. ArtefactError where there is none, or one is missing, damaged or there twice."""
+    names = _weight_files(directory, SPARSE, "give a directory that `secateur export --to sparse-safetensors` wrote")
+    if both := [name for name in names if (directory / _dense(name)).exists()]:
+        raise ArtefactError(f"{directory} holds {both[0]} and {_dense(both[0])}; move one of them away")
+    return [PackedFile.open(directory / name) for name in names]
+
+
+def is_packed(directory: Path) -> bool:
+    return any(directory.glob(f"*{SPARSE}"))
+
+
+def _packed(name: str) -> str:
+    return name.removesuffix(DENSE) + SPARSE
+
+
+def _dense(name: str) -> str:
+    return name.removesuffix(SPARSE) + DENSE
+
+
+def _weight_files(directory: Path, suffix: str, advice: str) -> list[str]:
+    if not directory.is_dir():
+        raise ArtefactError(f"no directory {directory}; {advice}")
+    names = sorted(path.name for path in directory.glob(f"*{suffix}"))
+    if not names:
+        raise ArtefactError(f"{directory}: no {suffix} file; {advice}")
+    if (directory / INDEX).is_file():
+        wanted = {name.removesuffix(DENSE) + suffix for name in _indexed(directory / INDEX)}
+        if missing := sorted(wanted - set(names)):
+            raise ArtefactError(f"{directory}: {INDEX} asks for {missing[0]}, which is not there; {AGAIN}")
+    return names
+
+
+def _indexed(index: Path) -> set[str]:
+    try:
+        return {str(name) for name in parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ArtefactError(f"{index}: no index ({type(error).__name__}: {error}); {AGAIN}") from error
+
+
+@contextmanager
+def _rebuilt(source: Path, out: Path, without: list[str]) -> Iterator[Path]:
+    """What becomes `out`: a copy of everything in `source` but the files named, which the caller writes anew."""
+    if out.resolve().is_relative_to(source.resolve()):
+        raise UsageError(f"{out} lies inside {source}; choose a directory beside it")
+    with staged(out) as stage:
+        for folder, _, files in os.walk(source, followlinks=True):
+            place = stage / Path(folder).relative_to(source)
+            place.mkdir(exist_ok=True)
+            for name in sorted(files):
+                if place != stage or name not in without:
+                    shutil.copyfile(Path(folder) / name, place / name)
+        yield stage
+
+
+def _counted(sizes: Mapping[str, int], watch: Watch) -> Iterator[tuple[str, Done]]:
+    """Every file with what tells the progress of all, in megabytes, from the bytes of this one that are done."""
+    total, before = sum(sizes.values()), 0
+    for name, size in sizes.items():
+
+        def done(count: int, before: int = before, name: str = name) -> None:
+            watch.progress.update(-(-(before + count) // 10**6), -(-total // 10**6), name)
+
+        yield name, done
+        before += size
+
+
+class PackedTensors(Mapping[str, Tensor]):
+    """The tensors of a packed directory by name, each decoded and checked when it is asked for, and not kept."""
+
+    def __init__(self, directory: Path) -> None:
+        self.files = packed_files(directory)
+        self._file_of = {name: file for file in self.files for name in file.tensors}
+
+    def __getitem__(self, name: str) -> Tensor:
+        file = self._file_of[name]
+        entry = file.tensors[name].dense
+        if entry.dtype not in TORCH:
+            raise ArtefactError(f"{file.path}: {name} is {entry.dtype}, torch has {', '.join(TORCH)}; unpack it")
+        if entry.bytes > (free := psutil.virtual_memory().available):
+            raise ArtefactError(
+                f"{file.path}: {name} has {entry.bytes:,} bytes, {free:,} are free in memory; unpack it"
+            )
+        data = torch.empty(entry.bytes, dtype=torch.uint8)
+        at = 0
+        for chunk in file.chunks(name):
+            data[at : at + len(chunk)] = chunk
+            at += len(chunk)
+        return data.view(TORCH[entry.dtype]).view(entry.shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of  # Mapping's own would decode the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+
+def load_packed(directory: str | os.PathLike[str]) -> PackedTensors:
+    """The state dict of a packed directory, bit for bit, one tensor at a time: ``dict(load_packed(DIR))`` holds all.
+
+    Raises ArtefactError for what is not packed, damaged or from a later version.
+    """
+    return PackedTensors(Path(directory))
