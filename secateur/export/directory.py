@@ -20,10 +20,10 @@ from secateur.errors import ArtefactError, UsageError
 from secateur.export.container import AGAIN, parse_json
 from secateur.export.sizes import Sizes, sizes_of
 from secateur.export.sparse_safetensors import Done, PackedFile, pack_file, unpack_file
-from secateur.models.headers import INDEX
+from secateur.models.headers import INDEX, SPARSE
 from secateur.models.save import staged
 
-DENSE, SPARSE = ".safetensors", ".sparse.safetensors"
+DENSE = ".safetensors"
 TORCH = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,

@@ -12,6 +12,8 @@ import torch
 from secateur.errors import ModelError
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+SPARSE = ".sparse.safetensors"
+"""How packed files end, see ``secateur.export``: the names of weights that must be unpacked first."""
 LONGEST_HEADER = 100_000_000
 """Bytes; safetensors allows no more."""
 STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

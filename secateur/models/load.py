@@ -34,7 +34,7 @@ from transformers import (
 from secateur.errors import ModelError, UsageError
 from secateur.models.branches import FOLDER, attach, load_branches
 from secateur.models.gguf_once import parsed_once
-from secateur.models.headers import read_headers, shards
+from secateur.models.headers import SPARSE, read_headers, shards
 from secateur.models.hub import snapshot
 from secateur.models.offload import (
     check_stored,
@@ -200,6 +200,8 @@ def _refuse_incomplete(path: Path) -> None:
         gguf = next((file for file in files if file.suffix == ".gguf"), None)
         advice = f"give the file {gguf}" if gguf else "give a Hugging Face model directory or a .gguf file"
         raise ModelError(f"{path} has no config.json; {advice}")
+    if any(file.name.endswith(SPARSE) for file in files):
+        raise ModelError(f"{path} is packed; unpack it with `secateur unpack {path} --out DIR` and give that DIR")
     if not any(file.suffix == ".safetensors" for file in files):
         if any(file.suffix in PICKLE_SUFFIXES for file in files):
             raise ModelError(
