@@ -1,7 +1,7 @@
 """Sizes and speed of sparse safetensors on real weights, one thread: the numbers of docs/performance.md.
 
     python benchmarks/packing.py             the block matrices of SmolLM2-135M-Instruct (``demo``), pruned by magnitude
-    python benchmarks/packing.py --rounds 9
+    python benchmarks/packing.py --rounds 9 --types bfloat16
 
 For each type and share of zeros a file is packed and unpacked, on a disk or a RAM disk as $TMPDIR says. Lines of JSON:
 share of the dense file, bits per weight, and the best of the rounds in MB of dense bytes a second, by the clock and by
@@ -50,10 +50,10 @@ TYPES: dict[str, Callable[[Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-def measure(tensors: dict[str, Tensor], folder: Path, rounds: int) -> dict[str, Any]:
+def measure(tensors: dict[str, Tensor], weights: int, folder: Path, rounds: int) -> dict[str, Any]:
     dense, packed, again = (folder / name for name in ("dense", "packed", "again"))
     save_file(tensors, dense)
-    elements, size = sum(tensor.numel() for tensor in tensors.values()), dense.stat().st_size
+    size = dense.stat().st_size
     encode = [timed(lambda: pack_file(dense, packed, nobody)) for _ in range(rounds)]
     decode = [timed(lambda: unpack_file(packed, again, nobody)) for _ in range(rounds)]
     assert again.read_bytes() == dense.read_bytes()
@@ -64,7 +64,7 @@ def measure(tensors: dict[str, Tensor], folder: Path, rounds: int) -> dict[str, 
         for kind, times in zip(("s", "cpu_s"), zip(*runs, strict=True), strict=True)
     }
     masked = sizes_of([PackedFile.open(packed)]).sparse.tensors
-    return {"MB": size / 1e6, "share": held / size, "bits": 8 * held / elements, "masked": masked, **rates}
+    return {"MB": size / 1e6, "share": held / size, "bits": 8 * held / weights, "masked": masked, **rates}
 
 
 def timed(work: Callable[[], None]) -> tuple[float, float]:
@@ -77,29 +77,32 @@ def nobody(_: int) -> None:
     pass
 
 
-def lines(rounds: int) -> Iterator[dict[str, Any]]:
+def lines(rounds: int, types: list[str]) -> Iterator[dict[str, Any]]:
     adapter = DecoderAdapter(load("demo").model)
     matrices = {
         f"{block}.{name}": linear.weight.detach().clone()
         for block, module in zip(adapter.block_names, adapter.blocks, strict=True)
         for name, linear in adapter.linears(module).items()
     }
+    weights = sum(W.numel() for W in matrices.values())
     with tempfile.TemporaryDirectory() as folder:
         for name, pattern in PATTERNS.items():
             pruned = {
                 key: W if pattern is None else W.masked_fill(~keep_mask(W.abs(), pattern), 0.0)
                 for key, W in matrices.items()
             }
-            for kind, cast in TYPES.items():
-                made = {key: cast(W).contiguous() for key, W in pruned.items()}
-                yield {"type": kind, "zeros": name, **measure(made, Path(folder), rounds)}
+            for kind in types:
+                made = {key: TYPES[kind](W).contiguous() for key, W in pruned.items()}
+                yield {"type": kind, "zeros": name, **measure(made, weights, Path(folder), rounds)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--types", nargs="+", choices=list(TYPES), default=list(TYPES))
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    for line in lines(parser.parse_args().rounds):
+    for line in lines(args.rounds, args.types):
         print(json.dumps(line), flush=True)
 
 

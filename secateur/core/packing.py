@@ -14,7 +14,7 @@ n = bytes of all elements, e = elements, k = bytes of the kept ones, b = bytes o
 """
 
 import torch
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -58,13 +58,12 @@ def kept_elements(data: UInt8[Tensor, " n"], width: int) -> int:
 def split(data: UInt8[Tensor, " n"], width: int) -> UInt8[Tensor, " m"]:
     """Mask bytes, then the planes of the kept elements.
 
-    Every element is written to its rank among the kept, all others to a slot in front; ``masked_select`` finds the same
-    in three times the time.
+    Every element is added to the slot of its rank, the number of kept ones up to it: the dropped ones are zero and add
+    nothing to a slot that is not theirs. ``masked_select`` does the same in three times the time.
     """
     words = data.view(WORDS[width])
     kept = words != 0
-    rank = kept.cumsum(0, dtype=torch.int32).mul_(kept).long()
-    values = words.new_empty(int(kept.count_nonzero()) + 1).scatter_(0, rank, words)[1:]
+    values = words.new_zeros(int(kept.count_nonzero()) + 1).scatter_add_(0, _ranks(kept).long(), words)[1:]
     return torch.cat([to_bits(kept), planes(values.view(torch.uint8), width)])
 
 
@@ -76,5 +75,9 @@ def join(packed: UInt8[Tensor, " m"], width: int, elements: int) -> UInt8[Tensor
     if len(packed) - cut != wanted:
         raise ValueError(f"the mask keeps {wanted} bytes of values, got {len(packed) - cut}")
     values = from_planes(packed[cut:], width).view(WORDS[width])
-    rank = kept.cumsum(0, dtype=torch.int32).mul_(kept)
-    return torch.cat([values.new_zeros(1), values]).index_select(0, rank).view(torch.uint8)
+    return torch.cat([values.new_zeros(1), values]).index_select(0, _ranks(kept)).mul_(kept).view(torch.uint8)
+
+
+def _ranks(kept: Bool[Tensor, " e"]) -> Int[Tensor, " e"]:
+    """How many are kept up to and with each element. A sum over bool would be taken more slowly."""
+    return kept.int().cumsum(0, dtype=torch.int32)

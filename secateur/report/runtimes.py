@@ -31,7 +31,7 @@ class Runtime:
 
 
 RUNTIMES = (
-    Runtime("download", "smaller file with bitmask and compression", "a sparse file format, not written yet", 0.2),
+    Runtime("download", "smaller file with bitmask and compression", "`secateur export --to sparse-safetensors`", 0.2),
     Runtime(
         "OpenVINO, AMX Xeon", "1.5x at 60 %, 1.7x at 70 % and more; less memory", "int8 weights and activations", 0.6
     ),
