@@ -10,15 +10,17 @@ as numbers: -0.0 is kept, NaNs come back with their payload, and types that torc
 
 Bit i of a mask byte is element 8 j + i, 1 = kept (not all of its bits are zero); the last byte is filled up with zeros.
 
-n = bytes of all elements, e = elements, k = bytes of the kept ones, b = bytes of the mask.
+n = bytes of all elements, e = elements, v = kept elements, b = bytes of the mask, m = bytes of mask and values.
 """
 
 import torch
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Int, Shaped, UInt8
 from torch import Tensor
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """An integer type for every width of elements."""
+PIECE = 1 << 16
+"""Elements that are compacted at one time."""
 _GATHER = 0x0102040810204080
 """Times eight bytes of 0 or 1: byte i goes to bit i of the product's top byte, and nothing carries."""
 _SPREAD = ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).to(torch.uint8).view(torch.int64)[:, 0]
@@ -56,15 +58,23 @@ def kept_elements(data: UInt8[Tensor, " n"], width: int) -> int:
 
 
 def split(data: UInt8[Tensor, " n"], width: int) -> UInt8[Tensor, " m"]:
-    """Mask bytes, then the planes of the kept elements.
+    """Mask bytes, then the planes of the kept elements; found a piece at a time, which stays in the cache."""
+    masks, values = [], []
+    for words in data.view(WORDS[width]).split(PIECE):
+        kept = words.bool()  # not zero; the comparison would take ten times as long
+        masks.append(kept)
+        values.append(_compact(words, kept))
+    return torch.cat([to_bits(torch.cat(masks)), planes(torch.cat(values).view(torch.uint8), width)])
+
+
+def _compact(words: Shaped[Tensor, " e"], kept: Bool[Tensor, " e"]) -> Shaped[Tensor, " v"]:
+    """The kept elements. ``masked_select`` gives the same in three times the time.
 
     Every element is added to the slot of its rank, the number of kept ones up to it: the dropped ones are zero and add
-    nothing to a slot that is not theirs. ``masked_select`` does the same in three times the time.
+    nothing to a slot that is not theirs.
     """
-    words = data.view(WORDS[width])
-    kept = words != 0
-    values = words.new_zeros(int(kept.count_nonzero()) + 1).scatter_add_(0, _ranks(kept).long(), words)[1:]
-    return torch.cat([to_bits(kept), planes(values.view(torch.uint8), width)])
+    slots = words.new_zeros(int(kept.count_nonzero()) + 1)
+    return slots.scatter_add_(0, _ranks(kept).long(), words)[1:]
 
 
 def join(packed: UInt8[Tensor, " m"], width: int, elements: int) -> UInt8[Tensor, " n"]:

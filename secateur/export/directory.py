@@ -24,6 +24,7 @@ from secateur.models.headers import INDEX, SPARSE
 from secateur.models.save import staged
 
 DENSE = ".safetensors"
+MEGABYTE = 10**6
 TORCH = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
@@ -147,12 +148,16 @@ def _rebuilt(source: Path, out: Path, without: list[str]) -> Iterator[Path]:
 
 
 def _counted(sizes: Mapping[str, int], watch: Watch) -> Iterator[tuple[str, Done]]:
-    """Every file with what tells the progress of all, in megabytes, from the bytes of this one that are done."""
-    total, before = sum(sizes.values()), 0
+    """Every file with what tells the progress of all, each megabyte once, from the bytes of this one that are done."""
+    total, before, shown = sum(sizes.values()), 0, 0
     for name, size in sizes.items():
 
         def done(count: int, before: int = before, name: str = name) -> None:
-            watch.progress.update(-(-(before + count) // 10**6), -(-total // 10**6), name)
+            nonlocal shown
+            reached = -(-(before + count) // MEGABYTE)
+            if reached > shown:
+                watch.progress.update(reached, -(-total // MEGABYTE), name)
+                shown = reached
 
         yield name, done
         before += size
