@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from secateur.export.directory import TORCH
+
 
 def awkward() -> dict[str, torch.Tensor]:
     """Every type that safetensors and torch share, bit patterns at random; 0-d, empty, sparse, dense, long."""
@@ -19,9 +21,8 @@ def awkward() -> dict[str, torch.Tensor]:
         raw[torch.rand(shape, generator=generator) < zeros] = 0
         return (raw % 2 if dtype == torch.bool else raw).view(dtype)[..., 0]
 
-    from secateur.export.directory import TORCH
-
-    found = {f"{name}.{zeros}": bits(dtype, 5, 13, zeros=zeros) for name, dtype in TORCH.items() for zeros in (0, 0.7)}
+    types = TORCH | {"F8_E8M0": torch.float8_e8m0fnu}
+    found = {f"{name}.{zeros}": bits(dtype, 5, 13, zeros=zeros) for name, dtype in types.items() for zeros in (0, 0.7)}
     return found | {
         "scalar": torch.tensor(-0.0),
         "empty": torch.zeros(0, 3, dtype=torch.bfloat16),

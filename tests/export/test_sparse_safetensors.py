@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from secateur.errors import ArtefactError
 from secateur.export.coding import CHUNK, MASK, PLANES, choose, decode, encode
 from secateur.export.container import Entry, header_text, read_header
+from secateur.export.directory import TORCH
 from secateur.export.sparse_safetensors import PackedFile, pack_file, unpack_file
 
 MOST_MEMORY = 20_000_000
@@ -109,6 +110,35 @@ def test_any_chunk_in_either_coding(width, elements, zeros, seed, coding):
     data[torch.rand(elements, generator=generator) < zeros] = 0
     frame = encode(data.view(-1), width, coding)
     assert torch.equal(decode(frame, width, coding, data.numel()), data.view(-1))
+
+
+TENSORS = st.dictionaries(
+    st.text(min_size=1, max_size=8).filter(lambda name: name != "__metadata__"),
+    st.tuples(
+        st.sampled_from(sorted(TORCH)),
+        st.lists(st.integers(0, 7), max_size=4),  # 0-d and empty among them
+        st.sampled_from([0.0, 0.3, 0.5, 0.95, 1.0]),
+    ),
+    max_size=6,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(tensors=TENSORS, metadata=st.dictionaries(st.text(max_size=5), st.text(max_size=5)), seed=st.integers(0, 99))
+def test_any_file_comes_back_byte_for_byte(tensors, metadata, seed, tmp_path_factory):
+    folder, generator = tmp_path_factory.getbasetemp(), torch.Generator().manual_seed(seed)
+
+    def made(dtype: torch.dtype, shape: list[int], zeros: float) -> torch.Tensor:
+        raw = torch.randint(0, 256, (*shape, dtype.itemsize), dtype=torch.uint8, generator=generator)
+        raw[torch.rand(shape, generator=generator) < zeros] = 0
+        return (raw % 2 if dtype == torch.bool else raw).view(dtype)[..., 0].clone()
+
+    save_file({name: made(TORCH[kind], shape, zeros) for name, (kind, shape, zeros) in tensors.items()},
+              folder / "any", metadata=metadata or None)  # fmt: skip
+    pack_file(folder / "any", folder / "any.packed", nobody)
+    with safe_open(folder / "any.packed", "pt") as file:
+        assert set(file.keys()) == set(tensors)
+    assert unpacked(folder / "any.packed", folder) == (folder / "any").read_bytes()
 
 
 @pytest.mark.parametrize(
