@@ -10,6 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from secateur.export.directory import TORCH
+from secateur.export.sparse_safetensors import pack_file
+
+MOST_MEMORY = 20_000_000
+"""Bytes that no hostile file may make this process grow by, nor a large one while it is packed and unpacked."""
 
 
 def awkward() -> dict[str, torch.Tensor]:
@@ -39,9 +43,16 @@ def dense(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def packed(dense, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("packed") / "model.sparse.safetensors"
+    pack_file(dense, path, lambda _: None)
+    return path
+
+
 @pytest.fixture
-def peak() -> Callable[[], AbstractContextManager[Callable[[], int]]]:
-    """``with peak() as grown: ...; grown()``: bytes by which this process was larger than before at its largest."""
+def bounded() -> Callable[[], AbstractContextManager[None]]:
+    """``with bounded():`` fails where this process gets larger than before by ``MOST_MEMORY``."""
     reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
     def largest() -> int:
@@ -49,13 +60,14 @@ def peak() -> Callable[[], AbstractContextManager[Callable[[], int]]]:
         return 1024 * int(line.split()[1])
 
     @contextmanager
-    def measured() -> Iterator[Callable[[], int]]:
+    def measured() -> Iterator[None]:
         gc.collect()
         try:
             reset.write_text("5")
         except OSError as error:
             pytest.skip(f"the kernel does not forget the peak of a process here: {error}")
         before = largest()
-        yield lambda: largest() - before
+        yield
+        assert largest() - before < MOST_MEMORY
 
     return measured

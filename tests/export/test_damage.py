@@ -1,0 +1,272 @@
+"""Truncated, bit-flipped and hostile files: one line says what is wrong, nothing crashes, memory stays where it was."""
+
+import json
+import random
+import struct
+import zlib
+
+import pytest
+import torch
+import zstandard
+from safetensors.torch import save_file
+
+from secateur.errors import ArtefactError
+from secateur.export.coding import CHUNK, MASK, PLANES, encode
+from secateur.export.container import Entry, header_text, read_header
+from secateur.export.sparse_safetensors import pack_file, unpack_file
+
+
+def nobody(_: int) -> None:
+    pass
+
+
+def unpacked(packed, folder) -> bytes:
+    unpack_file(packed, folder / "again", nobody)
+    return (folder / "again").read_bytes()
+
+
+def outcome(path, folder) -> bytes | str:
+    """The unpacked bytes, or the line that says why there are none; any other exception fails the test."""
+    try:
+        return unpacked(path, folder)
+    except ArtefactError as error:
+        return str(error)
+
+
+def test_truncated_anywhere(packed, tmp_path):
+    whole = packed.read_bytes()
+    for length in range(0, len(whole), 64):
+        (tmp_path / "cut").write_bytes(whole[:length])
+        said = outcome(tmp_path / "cut", tmp_path)
+        assert isinstance(said, str), length
+        assert "copy or download it again" in said
+
+
+def test_flipped_bits_are_found_or_do_nothing(dense, packed, tmp_path):
+    whole, original = packed.read_bytes(), dense.read_bytes()
+    header = read_header(packed).data_at
+    moments = random.Random(0)
+    places = [moments.randrange(header) for _ in range(700)] + [
+        moments.randrange(header, len(whole)) for _ in range(300)
+    ]
+    found = 0
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << moments.randrange(8)
+        (tmp_path / "flipped").write_bytes(damaged)
+        result = outcome(tmp_path / "flipped", tmp_path)
+        assert isinstance(result, str) or result == original, place
+        found += isinstance(result, str)
+    assert found > 800  # the rest fell on padding, or on what does not matter
+
+
+def test_bytes_that_are_cut_out_or_put_in(dense, packed, tmp_path):
+    whole, original = packed.read_bytes(), dense.read_bytes()
+    moments = random.Random(1)
+    for _ in range(300):
+        start, length = moments.randrange(len(whole)), moments.randrange(1, 40)
+        filling = moments.randbytes(moments.randrange(40))
+        (tmp_path / "spliced").write_bytes(whole[:start] + filling + whole[start + length :])
+        result = outcome(tmp_path / "spliced", tmp_path)
+        assert isinstance(result, str) or result == original
+
+
+ANYTHING = [
+    None,
+    True,
+    0,
+    -1,
+    7,
+    1 << 31,
+    1 << 64,
+    10**30,
+    1.5,
+    float("nan"),
+    "",
+    "x",
+    "\ud800",
+    [],
+    {},
+    [[1]],
+    {"a": 1},
+]
+
+
+def places_in(value, way=()):
+    """The way to every value inside a JSON value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in inner:
+        yield (*way, key)
+        yield from places_in(child, (*way, key))
+
+
+def with_value(text: str, way, value) -> str:
+    found = json.loads(text)
+    *path, last = way
+    place = found
+    for key in path:
+        place = place[key]
+    place[last] = value
+    return json.dumps(found)
+
+
+def test_every_value_of_every_header_may_be_anything(tmp_path):
+    """Found, or without effect; only a dense header that is forged with its checksum may give another sound file."""
+    save_file({"W": torch.eye(8), "b": torch.ones(3)}, tmp_path / "dense", metadata={"format": "pt"})
+    pack_file(tmp_path / "dense", tmp_path / "packed", nobody)
+    whole, original = (tmp_path / "packed").read_bytes(), (tmp_path / "dense").read_bytes()
+    at = read_header(tmp_path / "packed").data_at
+    outer = whole[8:at].decode()
+    metadata = json.loads(outer)["__metadata__"]
+
+    def attempt(text: str) -> bytes | str:
+        header = text.encode()
+        (tmp_path / "forged").write_bytes(struct.pack("<Q", len(header)) + header + whole[at:])
+        return outcome(tmp_path / "forged", tmp_path)
+
+    for value in ANYTHING:
+        for way in places_in(json.loads(outer)):
+            result = attempt(with_value(outer, way, value))
+            assert isinstance(result, str) or result == original, (way, value)
+        for way in places_in(json.loads(metadata["packing"])):
+            changed = with_value(metadata["packing"], way, value)
+            result = attempt(with_value(outer, ("__metadata__", "packing"), changed))
+            assert isinstance(result, str) or result == original, (way, value)
+        for way in places_in(json.loads(metadata["header"])):
+            changed = with_value(metadata["header"], way, value)
+            packing = with_value(metadata["packing"], ("header_crc32",), zlib.crc32(changed.encode()))
+            attempt(
+                json.dumps({**json.loads(outer), "__metadata__": {**metadata, "header": changed, "packing": packing}})
+            )
+
+
+def forged(path, change, frames=b""):
+    """A packed file of one small tensor, written after ``change(entries, metadata, packing)`` had its way."""
+    dense = {"W": Entry("BF16", (4, 4), 0, 32)}
+    frame = encode(torch.arange(32, dtype=torch.uint8), 2, PLANES)
+    entries = {"W": {"dtype": "U8", "shape": [len(frame)], "data_offsets": [0, len(frame)]}}
+    crc = zlib.crc32(bytes(range(32)))
+    row = {"coding": PLANES, "width": 2, "crc32": crc, "frames": [len(frame)]}
+    packing = {"chunk": CHUNK, "tensors": {"W": row}}
+    metadata = {"sparse_safetensors": "1", "header": header_text(dense, {}).decode()}
+    entries, frames = change(entries, metadata, packing) or (entries, frames)
+    packing.setdefault("header_crc32", zlib.crc32(metadata["header"].encode()))
+    metadata.setdefault("packing", json.dumps(packing))
+    text = json.dumps({"__metadata__": metadata, **entries}).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + (frames or frame))
+
+
+def stored(frame: bytes, row: dict) -> tuple[dict, bytes]:
+    """What ``change`` returns to put another frame into the file."""
+    row["frames"] = [len(frame)]
+    return {"W": {"dtype": "U8", "shape": [len(frame)], "data_offsets": [0, len(frame)]}}, frame
+
+
+def dense_header(metadata, dtype, *shape, end=None):
+    size = end if end is not None else 2 * torch.Size(shape).numel()
+    metadata["header"] = json.dumps({"W": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}})
+
+
+def bomb(size: int) -> bytes:
+    compressor = zstandard.ZstdCompressor(level=1).compressobj(size=size)
+    pieces = [compressor.compress(bytes(min(CHUNK, size - at))) for at in range(0, size, CHUNK)]
+    return b"".join([*pieces, compressor.flush()])
+
+
+def liar(size: int) -> bytes:
+    """A frame whose header says 32 bytes and whose blocks hold more."""
+    frame, honest = bytearray(bomb(size)), zstandard.ZstdCompressor(level=1).compress(bytes(32))
+    header = zstandard.frame_header_size(bytes(frame))
+    return honest[: zstandard.frame_header_size(honest)] + bytes(frame[header:])
+
+
+def unknown_size(size: int) -> bytes:
+    return zstandard.ZstdCompressor(level=1, write_content_size=False).compress(bytes(size))
+
+
+HOSTILE = {
+    "version 99": (lambda e, m, p: m.update(sparse_safetensors="99"), "version '99', this secateur reads 1"),
+    "no version": (lambda e, m, p: m.pop("sparse_safetensors") and None, "not packed"),
+    "no header": (lambda e, m, p: m.update(header="") and None, "its dense header"),
+    "header not that of the checksum": (lambda e, m, p: p.update(header_crc32=0), "not the one that was packed"),
+    "no packing": (lambda e, m, p: m.update(packing="[]"), "damaged packing"),
+    "packing of nonsense": (lambda e, m, p: m.update(packing="[" * 100_000), "damaged packing"),
+    "packing is null": (lambda e, m, p: m.update(packing="null"), "damaged packing"),
+    "names twice": (lambda e, m, p: m.update(packing='{"chunk":8,"chunk":8}'), "a name comes twice"),
+    "a terabyte in one frame": (lambda e, m, p: dense_header(m, "BF16", 1 << 20, 1 << 19), "1 frames, wanted 1048576"),
+    "a terabyte in one chunk": (
+        lambda e, m, p: dense_header(m, "BF16", 1 << 20, 1 << 19) or p.update(chunk=1 << 40),
+        "chunks of 1099511627776 bytes",
+    ),
+    "a shape beyond all numbers": (lambda e, m, p: dense_header(m, "BF16", *[1 << 62] * 60, end=32), "in 32 bytes"),
+    "too many dimensions": (lambda e, m, p: dense_header(m, "BF16", *[1] * 10_000, end=2), "10000 dimensions"),
+    "negative sizes": (lambda e, m, p: dense_header(m, "BF16", -4, -4, end=32), "numbers from 0 on"),
+    "a hole in front": (
+        lambda e, m, p: m.update(header='{"W":{"dtype":"U8","shape":[2],"data_offsets":[2,4]}}'),
+        "begins at 2, wanted 0",
+    ),
+    "a type from elsewhere": (lambda e, m, p: dense_header(m, "BF17", 4, 4), "'BF17', wanted one of F64"),
+    "another name": (lambda e, m, p: e.update(V=e.pop("W")), "names of the packed and of the dense"),
+    "a part is missing": (lambda e, m, p: p.update(tensors={}), "names of the packed and of the dense"),
+    "no frames": (lambda e, m, p: p["tensors"]["W"].update(frames=[]), "0 frames, wanted 1"),
+    "frames of words": (lambda e, m, p: p["tensors"]["W"].update(frames=["a"]), "frames of other sizes"),
+    "frames below zero": (lambda e, m, p: p["tensors"]["W"].update(frames=[-1]), "frames of other sizes"),
+    "a frame too large for its chunk": (lambda e, m, p: p["tensors"]["W"].update(frames=[1 << 40]), "of other sizes"),
+    "frames that miss the tensor's end": (lambda e, m, p: p["tensors"]["W"].update(frames=[7]), r"wanted U8 of \(7,\)"),
+    "an unknown coding": (lambda e, m, p: p["tensors"]["W"].update(coding="magic"), "coded as 'magic'"),
+    "another width": (lambda e, m, p: p["tensors"]["W"].update(width=4), "elements of 4 bytes"),
+    "another checksum": (lambda e, m, p: p["tensors"]["W"].update(crc32=1), "not 1"),
+    "a checksum of words": (lambda e, m, p: p["tensors"]["W"].update(crc32="1"), "checksum"),
+    "the other coding": (lambda e, m, p: p["tensors"]["W"].update(coding=MASK), "W is damaged"),
+    "stored as floats": (lambda e, m, p: e["W"].update(dtype="F8_E4M3"), "stored as F8_E4M3"),
+    "a bomb": (lambda e, m, p: stored(bomb(1 << 30), p["tensors"]["W"]), "1073741824 bytes where at most 32 can be"),
+    "a bomb of unknown size": (lambda e, m, p: stored(unknown_size(1 << 26), p["tensors"]["W"]), "at most 32 can be"),
+    "a bomb that says it is none": (lambda e, m, p: stored(liar(1 << 26), p["tensors"]["W"]), "W is damaged"),
+    "a frame too short": (lambda e, m, p: stored(bomb(31), p["tensors"]["W"]), "31 bytes where 32 were promised"),
+    "two frames in one": (lambda e, m, p: stored(bomb(32) * 2, p["tensors"]["W"]), "W is damaged"),
+    "no frame": (lambda e, m, p: stored(b"not zstd at all", p["tensors"]["W"]), "W is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_refused_in_a_line(name, tmp_path, bounded):
+    change, said = HOSTILE[name]
+    forged(tmp_path / "forged", change)
+    with bounded(), pytest.raises(ArtefactError, match=said):
+        unpacked(tmp_path / "forged", tmp_path)
+
+
+def test_the_forger_forges_well(tmp_path):
+    """Unchanged, its file is sound: what is refused above is refused for the change."""
+    forged(tmp_path / "forged", lambda *_: None)
+    assert unpacked(tmp_path / "forged", tmp_path).endswith(bytes(range(32)))
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        (b"[1]", "not a safetensors header"),
+        (b'{"W": 3}', "not a safetensors header"),
+        (b'{"W":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"W":{}}', "a name comes twice"),
+        (b'{"W":{"dtype":"U8","shape":[true],"data_offsets":[0,1]}}', "numbers from 0 on"),
+        (b'{"W":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"V":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+         "V begins at 0, wanted 1"),
+        (b'{"W":{"dtype":"U8","shape":[1],"data_offsets":[1,0]}}', "in -1 bytes"),
+        (b'{"W":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}', "bytes, and"),
+        (b'{"__metadata__":{"a":1}}', "metadata are not words"),
+        (b'{"__metadata__":null}', "not a safetensors header"),
+        (b"\xff\xfe", "not a safetensors header"),
+        (b"[" * 50_000, "not a safetensors header"),
+    ],
+)  # fmt: skip
+def test_dense_files_with_broken_headers_are_not_packed(header, said, tmp_path):
+    (tmp_path / "dense").write_bytes(struct.pack("<Q", len(header)) + header + b"\x01")
+    with pytest.raises(ArtefactError, match=said):
+        pack_file(tmp_path / "dense", tmp_path / "packed", nobody)
+
+
+@pytest.mark.parametrize("start", [b"", b"\x01", b"\xff" * 8 + b"{}", struct.pack("<Q", 10**12) + b"{}"])
+def test_what_is_no_safetensors_file(start, tmp_path):
+    (tmp_path / "dense").write_bytes(start)
+    with pytest.raises(ArtefactError, match="no safetensors file, its header would have"):
+        pack_file(tmp_path / "dense", tmp_path / "packed", nobody)
