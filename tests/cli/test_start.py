@@ -52,7 +52,18 @@ def test_every_verb_has_help_and_debug(run):
 
 
 def test_public_names():
-    from secateur import PruneConfig, TrainConfig, evaluate, export_to, load_packed, load_pruned, plan, prune, train, unpack
+    from secateur import (
+        PruneConfig,
+        TrainConfig,
+        evaluate,
+        export_to,
+        load_packed,
+        load_pruned,
+        plan,
+        prune,
+        train,
+        unpack,
+    )
 
     assert callable(prune)
     assert callable(plan)
