@@ -1,8 +1,10 @@
 """What ``secateur train`` prints: what was done, what it brought, and the command that measures it."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
+from rich.table import Table
 from rich.text import Text
 
 from secateur.report.tables import (
@@ -16,6 +18,32 @@ from secateur.report.tables import (
     time_of,
     warning_lines,
 )
+
+if TYPE_CHECKING:
+    from secateur.evaluation.perplexity import PerplexityResult
+    from secateur.training.loop import StepRecord
+
+
+def demo_tables(
+    report: dict[str, Any], records: "Sequence[StepRecord]", told: "dict[str, PerplexityResult]", total: float
+) -> list[RenderableType]:
+    """Two tables: perplexity of the dense, the pruned and the trained model; some steps on the way."""
+    table = Table("perplexity on held-out text", *told, box=None, header_style="bold")
+    table.add_row("", *(f"{result.ppl:.2f}" for result in told.values()))
+    steps = Table("step", "loss to the teacher", "masks moved", box=None, header_style="bold")
+    for record in [*records[:-1:4], records[-1]]:
+        steps.add_row(str(record.step), f"{record.divergence:.3f}", f"{record.flip_rate:.1e}")
+    for column in (*table.columns[1:], *steps.columns):
+        column.justify = "right"
+    return [
+        Text("SmolLM2-135M-Instruct at 2:4: one shot by Wanda, then trained with AST", style="bold"),
+        table,
+        steps,
+        Text(f"{report['tokens']:,} tokens, {report['tokens_per_second']:.0f} a second; {seconds(total)} in all."),
+        Text("Text: CPython's own help text; what is learnt from and what is measured on are apart.", style="dim"),
+        command("Check:", "secateur", "inspect", report["out"]),
+        command("Next:", "secateur", "train", "demo", "--data", "c4", "--tokens", "300000", "--out", "trained"),
+    ]
 
 
 def cache_summary(told: dict[str, Any]) -> list[RenderableType]:

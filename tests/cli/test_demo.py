@@ -29,6 +29,18 @@ def test_demo_prints_one_table_and_the_next_command(small_demo, run):
     assert run("inspect", "secateur-demo").code == 0
 
 
+def test_demo_trains_and_shows_what_it_won_back(small_demo, run, monkeypatch):
+    monkeypatch.setattr(demo, "BATCH", 2)
+    ran = run("demo", "--train")
+    assert ran.code == 0, ran.err
+    for words in ("dense", "one-shot", "trained", "loss to the teacher", "masks moved", "tokens, "):
+        assert words in ran.out
+    assert run("inspect", "secateur-demo").code == 0
+    again = run("demo", "--train", "--json").json
+    assert again["train"]["steps"] == 16
+    assert set(again["eval"]) == {"dense", "one-shot", "trained"}
+
+
 def test_demo_replaces_its_own_out_and_speaks_json(small_demo, run):
     assert run("demo", "--out", "mine").code == 0
     ran = run("demo", "--out", "mine", "--json")
