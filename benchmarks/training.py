@@ -2,6 +2,7 @@
 
     python benchmarks/training.py run [--only REGEX] [--part 1/2]    resumable: finished cases are skipped
     python benchmarks/training.py table
+    python benchmarks/training.py plot                               docs/training.svg, from the results
     python benchmarks/training.py speed                             a step of sparse training against an ordinary one
 
 Every case starts from the same one-shot model at its pattern (the default method, 16 x 2048 of C4, seed 0), or from
@@ -32,7 +33,7 @@ EVALUATION = {
     "wikitext2": (DATA / "ppl" / "wikitext2_raw_test.txt", 40),
     "c4": (DATA / "ppl" / "c4_en_validation_200.jsonl", 20),
 }
-TOKENS, SHORT = 300_000, 40_960
+TOKENS, SHORT = 200_000, 40_960
 SHARED: dict[str, Any] = {"seq_len": 512, "batch": 4, "micro_batch": 2, "holdout": 16, "checkpoint": 20}
 PATTERNS: dict[str, dict[str, Any]] = {
     "2:4": {"pattern": "2:4"},
@@ -116,9 +117,8 @@ def made(case: Case) -> tuple[str, dict[str, Any]]:
     data = tuple(str(DATA / "train" / f"{text}.jsonl") for text in TEXTS)
     options = {"tokens": TOKENS, **SHARED, **PATTERNS[case.pattern], **case.options}
     place = OUT / case.key.replace(" | ", ", ")
-    report = train(
-        student, TrainConfig(data=data, seed=case.seed, **options), teacher="demo", out=place, resume=True
-    ).report
+    result = train(student, TrainConfig(data=data, seed=case.seed, **options), teacher="demo", out=place, resume=True)
+    report = result.report
     kept = (
         "held_out",
         "flip_rate",
@@ -131,7 +131,9 @@ def made(case: Case) -> tuple[str, dict[str, Any]]:
         "low_rank",
     )
     recipe = {key: value for key, value in report["recipe"].items() if key != "data"}
-    return str(place), {"recipe": recipe, **{key: report[key] for key in kept}, "versions": report["versions"]}
+    curve = [[round(record.divergence, 5), round(record.flip_rate, 7)] for record in result.records]
+    told = {key: report[key] for key in kept}
+    return str(place), {"recipe": recipe, **told, "curve": curve, "versions": report["versions"]}
 
 
 def measured(source: str) -> dict[str, Any]:
@@ -200,6 +202,42 @@ def closed(row: dict[str, Any], start: dict[str, Any] | None, dense: dict[str, A
     return ", ".join(shares)
 
 
+def plot() -> None:
+    """What the steps of the 2:4 runs said: the loss to the teacher, and how many of the masks moved."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "secateur"  # the same file every time
+    from matplotlib import pyplot
+
+    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(7, 5))
+    for key, row in finished().items():
+        name, pattern, seed = key.split(" | ")
+        if pattern != "2:4" or seed != "seed 0" or "curve" not in row["report"] or name.startswith("tune"):
+            continue
+        tokens = [
+            step * SHARED["batch"] * SHARED["seq_len"] / 1e3 for step in range(1, len(row["report"]["curve"]) + 1)
+        ]
+        divergence, flips = zip(*row["report"]["curve"], strict=True)
+        above.plot(tokens, smooth(divergence), label=name)
+        if any(flips):
+            below.plot(tokens, flips, label=name)
+    above.set_ylabel("divergence to the teacher, nats")
+    below.set_ylabel("share of masks moved\nat the last refresh")
+    below.set_xlabel("thousand tokens")
+    below.set_yscale("log")
+    above.legend()
+    figure.tight_layout()
+    figure.savefig(HERE.parent / "docs" / "training.svg", metadata={"Date": None})
+
+
+def smooth(values: tuple[float, ...], width: int = 9) -> list[float]:
+    """Means of ``width`` steps around each one: batches are small."""
+    half = width // 2
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
 def speed() -> None:
     """Seconds of ten steps of each kind, taken in turns: sparse (ast), and torch's AdamW on the dense model."""
     import copy
@@ -241,7 +279,7 @@ def speed() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "table", "speed"))
+    parser.add_argument("what", choices=("run", "table", "plot", "speed"))
     parser.add_argument("--only", default="", help="cases whose key matches this regular expression")
     parser.add_argument("--part", default="1/1", help="of the cases to do, every second one: 1/2, and 2/2 beside it")
     args = parser.parse_args()
@@ -250,6 +288,8 @@ def main() -> None:
             run(args.only, args.part)
         case "table":
             table()
+        case "plot":
+            plot()
         case _:
             speed()
 
