@@ -42,9 +42,9 @@ PATTERNS: dict[str, dict[str, Any]] = {
 }
 MATCH = math.sqrt(1.9 / 0.1)
 """By how much ``ast`` as published steps further than AdamW at one rate (core/sparse_adamw.py); cast likewise."""
-RATES = (3e-4, 1e-3)
+RATES = (1e-4, 3e-4, 1e-3)
 """AdamW's, tried at the short budget; ``ast`` is tried, and run, at these over MATCH."""
-LR = 1e-3
+LR = 3e-4
 """The best of them."""
 
 
