@@ -33,7 +33,7 @@ EVALUATION = {
     "wikitext2": (DATA / "ppl" / "wikitext2_raw_test.txt", 40),
     "c4": (DATA / "ppl" / "c4_en_validation_200.jsonl", 20),
 }
-TOKENS, SHORT = 200_000, 40_960
+TOKENS, SHORT = 150_000, 40_960
 SHARED: dict[str, Any] = {"seq_len": 512, "batch": 4, "micro_batch": 2, "holdout": 16, "checkpoint": 20}
 PATTERNS: dict[str, dict[str, Any]] = {
     "2:4": {"pattern": "2:4"},
