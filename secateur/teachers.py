@@ -34,6 +34,8 @@ class Tutor:
     ask: Teacher
     source: str
     """The model, also where it answers from a cache."""
+    place: str
+    """What a recipe names to have it again: the model, or the cache."""
     fingerprint: str
 
 
@@ -54,7 +56,7 @@ def tutor(
     loaded = _loaded(student, teacher, precision, watch)
     _check_vocabulary(student, loaded.model.config.get_text_config().vocab_size)
     torch.nn.Module.to(loaded.model, device)
-    return Tutor(ModelTeacher(loaded.model), loaded.source, loaded.fingerprint)
+    return Tutor(ModelTeacher(loaded.model), loaded.source, loaded.source, loaded.fingerprint)
 
 
 def _loaded(
@@ -83,7 +85,7 @@ def _cached(student: Loaded, path: Path, loss: Distillation) -> Tutor:
             f"the cache was built at temperature {facts.temperature:g} and the loss has {loss.temperature:g}; set "
             f"loss.temperature={facts.temperature:g}, or build it again"
         )
-    return Tutor(cached, facts.teacher, facts.fingerprint)
+    return Tutor(cached, facts.teacher, str(path), facts.fingerprint)
 
 
 def dense_original(source: str) -> str:

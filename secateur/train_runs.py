@@ -104,7 +104,7 @@ class TrainRun:
         return {
             "recipe": {key: value for key, value in self.config.to_dict().items() if key not in MACHINE},
             "student": self.student.fingerprint,
-            "teacher": self.teacher.fingerprint,
+            "teacher": {"model": self.teacher.fingerprint, "cached": self.teacher.place != self.teacher.source},
             "tokens": tokens,
             "versions": versions(),
         }
@@ -157,7 +157,7 @@ class TrainRun:
         with self.watch.stage("save"):
             model.requires_grad_(False).eval()
             save(model, self.student.tokenizer, folder)
-            sources = {"student": lasting(self.student.source), "teacher": lasting(self.teacher.source)}
+            sources = {"student": lasting(self.student.source), "teacher": lasting(self.teacher.place)}
             write_artefact(
                 folder / "secateur",
                 recipe=dump_recipe({**sources, **self.config.to_dict()}),

@@ -29,13 +29,16 @@ def cache(run, sharp_dir, text_file, tmp_path_factory):
     return out
 
 
-def test_learning_from_the_cache_is_learning_from_the_model(run, cache, sharp_dir, text_file, tmp_path):
+def test_learning_from_the_cache_is_learning_from_the_model(run, cache, sharp_dir, text_file, tmp_path, files):
     """255 of 260 tokens and a bucket: nearly the whole divergence."""
     flags = ["train", sharp_dir, "--data", text_file, *SMALL, "--json"]
     model = run(*flags, "--out", tmp_path / "model")
     cached = run(*flags, "--teacher", cache, "--out", tmp_path / "cached")
     assert cached.code == 0, cached.err
     assert cached.json["teacher"]["source"] == str(sharp_dir)
+    again = run("train", "--recipe", tmp_path / "cached" / "secateur" / "recipe.yaml", "--out", tmp_path / "again")
+    assert again.code == 0, again.err
+    assert files(tmp_path / "again") == files(tmp_path / "cached")
     for place in ("before", "after"):
         there, here = (ran.json["held_out"][place]["divergence"] for ran in (model, cached))
         assert here == pytest.approx(there, rel=0.05)
