@@ -39,7 +39,8 @@ def test_version(run):
 
 
 def test_verbs(run):
-    assert list(cli.commands) == ["prune", "plan", "eval", "inspect", "export", "unpack", "methods", "demo"]
+    verbs = ["prune", "train", "cache", "plan", "eval", "inspect", "export", "unpack", "methods", "demo"]
+    assert list(cli.commands) == verbs
     assert run().out == run("--help").out
 
 
