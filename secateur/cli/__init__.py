@@ -8,8 +8,11 @@ instant.
 import os
 import signal
 import sys
+import threading
 import traceback
+import weakref
 from collections.abc import Sequence
+from types import FrameType
 
 import click
 
@@ -45,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; nothing that happens inside is raised."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when the libraries are imported; one progress bar is enough
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages, a fifth of an evaluation was page faults
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where somebody ignores it, as nohup does
+        signal.signal(signal.SIGINT, _stop)
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         return cli.main(args=args, prog_name="secateur", standalone_mode=False) or 0
@@ -62,8 +67,21 @@ class _TerminatedError(KeyboardInterrupt):
     """SIGTERM, handled as an interrupt: what is half written is cleared away, what can be resumed is kept."""
 
 
-def _terminate(*_: object) -> None:
-    raise _TerminatedError
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Raise what stops the run; a little later where Python would print and forget it, inside a weak reference's
+    callback."""
+    if _inside_callback(frame):
+        threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+        return
+    raise _TerminatedError if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def _inside_callback(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == weakref.__file__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _stopped(stop: BaseException) -> tuple[str, int]:

@@ -162,6 +162,26 @@ def test_a_run_that_is_ended_before_its_first_block_leaves_nothing(run, pruned, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_signal_while_something_is_cleared_away_is_not_lost(run, pruned, tmp_path, monkeypatch):
+    """Python prints and forgets what is raised in a finalizer; every chunk of hidden states has one."""
+    import time
+    import weakref
+
+    class Chunk:
+        pass
+
+    def dropped(*_):
+        chunk = Chunk()
+        weakref.finalize(chunk, os.kill, os.getpid(), signal.SIGTERM)
+        del chunk
+        time.sleep(10)
+
+    monkeypatch.setattr("secateur.runs.prune_blocks", dropped)
+    ran = run("prune", "--recipe", pruned[0] / "secateur" / "recipe.yaml", "--out", tmp_path / "out")
+    assert ran.code == 143
+    assert ran.error == "secateur: terminated"
+
+
 def test_a_save_that_breaks_a_promise_is_not_kept(pruned, run, tmp_path, monkeypatch):
     import torch
 
