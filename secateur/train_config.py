@@ -29,7 +29,7 @@ from secateur.core.sparse_adamw import Absolute, Decay, Relative, Schedule
 
 DEFAULT_LOSS = Distillation()
 Method = Literal["ast", "ast_g", "srste", "cast", "fixed", "none"]
-Metric = Literal["magnitude", "fisher"]
+Metric = Literal["magnitude", "fisher", "taylor", "wanda"]
 LISTS = (*EXPRESSIONS, "data")
 """Fields that are lists in a recipe, or a single one of their items."""
 
@@ -50,7 +50,8 @@ class TrainConfig:
     pattern: str = "2:4"
     """Where zeros may lie: unstructured, row, N:M (N kept of every M) or block:RxC."""
     metric: Metric = "magnitude"
-    """What a weight is worth when the mask is chosen: magnitude, or fisher (its square times the second moment)."""
+    """What a weight is worth when the mask is chosen: magnitude; fisher, its square times the second moment; taylor, it
+    times the first moment; wanda, it times the size of its inputs in the last ten steps or so."""
     data: tuple[str, ...] = ("c4",)
     """Texts, each a name, ``hf:ID[:config][:split][:column]`` or a file; windows of all are shuffled together."""
     seq_len: int = 512

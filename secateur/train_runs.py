@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.config import dump_recipe
 from secateur.core.plan import Plan
+from secateur.core.sparse_adamw import NEED_INPUTS
 from secateur.data.sources import Texts, read_texts
 from secateur.data.tokens import check_seq_len, tokenize
 from secateur.errors import ArtefactError, UsageError
@@ -23,6 +24,7 @@ from secateur.evaluation.inspect import Inspection, inspect
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.head import check_head
 from secateur.models.load import Loaded
+from secateur.models.quiet import quiet
 from secateur.models.save import clear_leftovers, save, staged
 from secateur.pruning.selection import Selection
 from secateur.report.artefact import promises_of, write_artefact, write_report
@@ -33,7 +35,8 @@ from secateur.train_config import TrainConfig, train_config_from_dict
 from secateur.training import shards
 from secateur.training.batches import Batches, cut
 from secateur.training.checkpoint import Checkpoints, opened, read_steps
-from secateur.training.groups import first_masks, parameter_groups
+from secateur.training.groups import first_masks, parameter_groups, sparse_linears
+from secateur.training.inputs import InputSums
 from secateur.training.learner import Learner
 from secateur.training.loop import Loop, LoopOptions, StepRecord
 from secateur.training.low_rank import start_slorb
@@ -251,7 +254,8 @@ def _loop(
     if config.slorb:
         start_slorb(model, first_masks(adapter, plan), config.slorb)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        with quiet():  # newer transformers have another name for it and say so
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     autocast = torch.bfloat16 if config.precision == "bfloat16" else None
     learner = Learner(model, teacher.ask, config.loss, autocast)
     if config.shard:
@@ -270,7 +274,8 @@ def _loop(
     options = LoopOptions(
         config.steps, config.lr, config.warmup, config.final_lr, config.clip, config.micro_batch, config.tolerated
     )
-    return Loop(learner, optimizer, batches, options, accelerator)
+    inputs = InputSums(sparse_linears(adapter, plan)) if config.metric in NEED_INPUTS else None
+    return Loop(learner, optimizer, batches, options, accelerator, inputs)
 
 
 def _check_launched(accelerator: Accelerator) -> None:

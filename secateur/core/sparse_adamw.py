@@ -46,6 +46,8 @@ class Weights(NamedTuple):
     """Second moment."""
     keep: Bool[Tensor, "..."] | None = None
     """The mask; None where nothing is pruned."""
+    inputs: Float[Tensor, "..."] | None = None
+    """Mean square of every input of the matrix, (C,), or (C, 1) beside a W stored as (C, R); None = not known yet."""
 
 
 @dataclass(frozen=True)
@@ -254,5 +256,24 @@ def by_fisher(held: Weights, step: Step) -> Float[Tensor, "..."]:
     return held.W.square() * held.v
 
 
+def by_taylor(held: Weights, step: Step) -> Float[Tensor, "..."]:
+    """|W m|: what the loss changes by to first order when the weight goes (Molchanov et al., arXiv:1906.10771)."""
+    return (held.W * held.m).abs()
+
+
+def by_wanda(held: Weights, step: Step) -> Float[Tensor, "..."]:
+    """|W| sqrt(mean x²) (Wanda, arXiv:2306.11695); |W| of a matrix that no input has reached yet."""
+    return held.W.abs() if held.inputs is None else held.W.abs() * held.inputs.sqrt()
+
+
 Metric = Callable[[Weights, Step], Float[Tensor, "..."]]
-METRICS: dict[str, Metric] = {"magnitude": by_magnitude, "fisher": by_fisher}
+METRICS: dict[str, Metric] = {
+    "magnitude": by_magnitude,
+    "fisher": by_fisher,
+    "taylor": by_taylor,
+    "wanda": by_wanda,
+}
+NEED_INPUTS = ("wanda",)
+"""Metrics that want to know what the matrix is multiplied with."""
+INPUT_MEMORY = 0.9
+"""Share of the sums of squared inputs that stays from step to step: a window of ten steps, as a mask lasts."""

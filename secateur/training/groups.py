@@ -53,6 +53,11 @@ def first_masks(adapter: DecoderAdapter, plan: Plan) -> dict[str, Tensor]:
     }
 
 
+def sparse_linears(adapter: DecoderAdapter, plan: Plan) -> dict[Tensor, nn.Module]:
+    """The planned linears by the parameter that holds the matrix; not for fused experts, which share one."""
+    return {_holder(linear): linear for name, linear in _linears(adapter) if name in plan}
+
+
 def _linears(adapter: DecoderAdapter) -> Iterator[tuple[str, Linear]]:
     for block_name, block in zip(adapter.block_names, adapter.blocks, strict=True):
         for name, linear in adapter.linears(block).items():

@@ -25,10 +25,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from secateur.core.losses import Losses
+from secateur.core.moments import ColumnNorms
 from secateur.core.sparse_adamw import rate
 from secateur.errors import NumericalError, UsageError
 from secateur.training import shards
 from secateur.training.batches import Batches
+from secateur.training.inputs import InputSums
 from secateur.training.learner import Learner
 from secateur.training.optimizer import SparseAdamW
 
@@ -81,9 +83,11 @@ class Loop:
         batches: Batches,
         options: LoopOptions,
         accelerator: Accelerator,
+        inputs: InputSums | None = None,
     ) -> None:
+        """``inputs``: what the optimizer's metric wants to be shown, if it does."""
         self.learner, self.optimizer, self.batches, self.options = learner, optimizer, batches, options
-        self.accelerator = accelerator
+        self.accelerator, self.inputs = accelerator, inputs
         self.wrapped: nn.Module = learner if isinstance(learner, FSDPModule) else accelerator.prepare(learner)
         self.step, self.skipped = 0, 0
         if batches.batch % accelerator.num_processes:
@@ -102,8 +106,9 @@ class Loop:
         losses = self._gradients(self._own(self.batches.at(self.step)))
         norm = self._norm()
         finite = math.isfinite(norm) and all(map(math.isfinite, losses))
+        seen = self.inputs.taken(self._total) if self.inputs else {}
         if finite:
-            self._move(lr)
+            self._move(lr, seen)
         else:
             self._leave_out(norm)
         self.optimizer.zero_grad()
@@ -121,7 +126,8 @@ class Loop:
         sums = torch.zeros(3, device=ids.device)
         for number, part in enumerate(parts, 1):
             with self._sums_up(last=number == len(parts)):
-                losses: Losses = self.wrapped(part)
+                with self.inputs.watching() if self.inputs else nullcontext():
+                    losses: Losses = self.wrapped(part)
                 self.accelerator.backward(losses.total * (len(part) / len(ids)))
             told = torch.stack([losses.total.detach(), losses.divergence, losses.cross_entropy])
             sums += told * (len(part) / len(ids))
@@ -140,9 +146,15 @@ class Loop:
         norm = self.accelerator.clip_grad_norm_(self.learner.parameters(), self.options.clip)
         return float(shards.whole(norm))  # pyright: ignore[reportArgumentType]
 
-    def _move(self, lr: float) -> None:
+    def _total(self, sums: Tensor) -> Tensor:
+        """Over all processes, the same to the bit in each."""
+        return self.accelerator.reduce(sums, "sum")  # pyright: ignore[reportReturnType]
+
+    def _move(self, lr: float, seen: dict[Tensor, ColumnNorms]) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if seen:
+            self.optimizer.observe(seen)
         self.optimizer.step()
 
     def _leave_out(self, norm: float) -> None:

@@ -8,8 +8,9 @@
     deal_state(optimizer, model.named_parameters(), tensors, numbers)           # in all; the first process's count
 
 ``tensors`` holds "NAME.master", "NAME.exp_avg", "NAME.exp_avg_sq" (float32) and "NAME.mask" (bool) of every parameter,
-whole; the master of a float32 parameter without a pattern is the parameter itself, so trained weights need no second
-file. ``numbers`` is JSON: the method, the options of every group, each matrix's decay and flips. Nothing is rounded.
+whole, and what else is kept of some (the squared inputs that a metric looks at); the master of a float32 parameter
+without a pattern is the parameter itself, so trained weights need no second file. ``numbers`` is JSON: the method, the
+options of every group, each matrix's decay and flips. Nothing is rounded.
 
 One tensor at a time is whole on the devices; all are in the first process's memory: 13 bytes a weight, 12 without mask.
 """
@@ -26,7 +27,7 @@ from secateur.training.optimizer import SparseAdamW
 
 WRAPPERS = re.compile(r"^module\.|(?<![^.])(_orig_mod|_checkpoint_wrapped_module)\.")
 """What DDP, torch.compile and activation checkpointing put into the names of a model's parameters."""
-NUMBERS = ("decay", "flips")
+NUMBERS = ("decay", "flips", "tokens")
 """State that is one number a matrix."""
 Named = Iterable[tuple[str, Tensor]]
 

@@ -22,7 +22,7 @@ vectors, which carry no pattern.
 Memory for a parameter in 16 bit: 2 bytes of it, 2 of its gradient, 12 of master and moments, 1 of mask.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Literal, overload
 
@@ -30,21 +30,20 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from secateur.core.moments import ColumnNorms
 from secateur.core.pattern import (
     NM,
     Block,
     Pattern,
     Unstructured,
-    by_rows,
-    check_mask,
-    check_shape,
-    keep_mask,
     pattern_from_dict,
     pattern_to_dict,
     ramped,
 )
 from secateur.core.sparse_adamw import (
+    INPUT_MEMORY,
     METRICS,
+    NEED_INPUTS,
     UPDATES,
     Decay,
     Relative,
@@ -56,10 +55,11 @@ from secateur.core.sparse_adamw import (
     flipped,
     masked,
 )
-from secateur.training import shards
+from secateur.training import masks, shards
 from secateur.training.shards import local
 
 Method = Literal["ast", "ast_g", "srste", "cast", "fixed", "none"]
+MetricName = Literal["magnitude", "fisher", "taylor", "wanda"]
 DENSE_UNTIL_FROZEN = ("cast",)
 """Methods whose model computes with all weights while the mask still moves."""
 DEFAULT_DECAY = Relative()
@@ -83,7 +83,7 @@ class SparseAdamW(Optimizer):
         schedule: Schedule,
         method: Method = "ast",
         decay: Decay = DEFAULT_DECAY,
-        metric: Literal["magnitude", "fisher"] = "magnitude",
+        metric: MetricName = "magnitude",
         lr: float = 2e-4,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
@@ -112,16 +112,10 @@ class SparseAdamW(Optimizer):
             self.begin()
 
     def _check_carries(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        if group["pattern"] is None:
-            return
-        if parameter.ndim < 2:
-            raise ValueError(
-                f"a pattern is for matrices, got a parameter of shape {tuple(parameter.shape)} (FSDP1 makes such ones: "
-                "use FSDP2)"
-            )
-        R, C = parameter.shape[-2:]
-        check_shape((C, R) if group["transposed"] else (R, C), self._pattern(group))
-        shards.check_rows(parameter)
+        if group["pattern"] is not None:
+            masks.check_carries(parameter, self._pattern(group), transposed=group["transposed"])
+            if self.metric in NEED_INPUTS:
+                masks.check_inputs(parameter, transposed=group["transposed"])
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -150,6 +144,11 @@ class SparseAdamW(Optimizer):
         state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
         if sparse or parameter.dtype != torch.float32:
             state["master"] = parameter.detach().float().clone()
+        if sparse and self.metric in NEED_INPUTS:
+            C = parameter.shape[0 if group["transposed"] else 1]
+            shape = (C, 1) if group["transposed"] else (C,)
+            state["inputs"] = torch.zeros(shape, dtype=torch.float32, device=local(parameter).device)
+            state["tokens"] = torch.zeros(())
         if sparse and self.method != "none":
             state["mask"] = shards.like(self._chosen(parameter, group, self._step_of(group)), parameter)
             state["decay"] = torch.zeros(())
@@ -167,6 +166,7 @@ class SparseAdamW(Optimizer):
         """Move all parameters that have a gradient; refresh masks when the schedule says so."""
         with torch.enable_grad():
             loss = closure() if closure is not None else None
+        self._check_seen()
         for group in self.param_groups:
             group["step"] += 1
             step = self._step_of(group)
@@ -174,6 +174,25 @@ class SparseAdamW(Optimizer):
                 if parameter.grad is not None:
                     self._move(parameter, group, step)
         return loss
+
+    def _check_seen(self) -> None:
+        tokens = [state["tokens"] for state in self.state.values() if "tokens" in state]
+        if tokens and not any(tokens):
+            raise RuntimeError(f"metric {self.metric} has seen no inputs: call observe() before every step")
+
+    @torch.no_grad()
+    def observe(self, seen: Mapping[Tensor, ColumnNorms]) -> None:
+        """Take in the squared inputs of one step (``training.inputs``), alike in all processes, before ``step``.
+
+        Sums and tokens fade alike, so that their quotient is a mean over the last steps from the first one on. Raises
+        ValueError where the metric has no use for them.
+        """
+        if self.metric not in NEED_INPUTS:
+            raise ValueError(f"metric {self.metric} does not look at inputs; use {' or '.join(NEED_INPUTS)}")
+        for parameter, norms in seen.items():
+            state = self.state[parameter]
+            state["inputs"].mul_(INPUT_MEMORY).add_(norms.sum.view_as(state["inputs"]))
+            state["tokens"] = state["tokens"] * INPUT_MEMORY + norms.tokens
 
     def _step_of(self, group: dict[str, Any]) -> Step:
         beta1, beta2 = group["betas"]
@@ -209,7 +228,8 @@ class SparseAdamW(Optimizer):
         """The rows that this process holds."""
         parts = {key: local(value) for key, value in self.state[parameter].items()}
         master = parts["master"] if "master" in parts else local(parameter.detach())
-        return Weights(master, parts["exp_avg"], parts["exp_avg_sq"], parts.get("mask"))
+        inputs = parts["inputs"] / parts["tokens"] if parts.get("tokens") else None
+        return Weights(master, parts["exp_avg"], parts["exp_avg_sq"], parts.get("mask"), inputs)
 
     def _refresh(self, parameter: Tensor, group: dict[str, Any], step: Step) -> None:
         held, state = self._held(parameter), self.state[parameter]
@@ -224,23 +244,8 @@ class SparseAdamW(Optimizer):
         """The mask that weights and moments ask for now, at the sparsity that the schedule has come to."""
         held = self._held(parameter)
         scores = METRICS[self.metric](held, step) if step.number else held.W.abs()  # no moments yet
-        scores = self._seen(scores, parameter, group)
-        pattern = ramped(self._pattern(group), self.schedule.sparsity_reached(step.number))
-        masks = [keep_mask(matrix, pattern) for matrix in _matrices(scores)]
-        mask = torch.stack(masks).view(scores.shape) if masks else torch.zeros_like(scores, dtype=torch.bool)
-        mask = mask.mT.contiguous() if group["transposed"] else mask
-        return shards.part(mask, parameter) if self._gathers(parameter, group) else mask
-
-    def _seen(self, values: Tensor, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        """(..., R, C) as the pattern sees it: this process's rows, or all where it must see all."""
-        if self._gathers(parameter, group):
-            values = shards.whole(shards.like(values, parameter))
-        return values.mT if group["transposed"] else values
-
-    def _gathers(self, parameter: Tensor, group: dict[str, Any]) -> bool:
-        """Whether a choice needs more than the rows at hand. The matrices of a stack are never cut."""
-        cut = parameter.ndim == 2 and shards.is_split(parameter)
-        return cut and (group["transposed"] or not by_rows(self._pattern(group)))
+        pattern: Any = ramped(self._pattern(group), self.schedule.sparsity_reached(step.number))
+        return masks.chosen(scores, parameter, pattern, transposed=group["transposed"])
 
     def _pattern(self, group: dict[str, Any]) -> Pattern:
         return pattern_from_dict(group["pattern"])
@@ -278,12 +283,7 @@ class SparseAdamW(Optimizer):
                 held = self._held(parameter)
                 held.W.copy_(masked(held))
                 local(parameter).copy_(held.W)
-                self._check(parameter, group)
-
-    def _check(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        for number, matrix in enumerate(_matrices(self._seen(local(parameter) != 0, parameter, group))):
-            if broken := check_mask(matrix, self._pattern(group)):
-                raise RuntimeError(f"matrix {number} of a parameter of shape {tuple(parameter.shape)}: {broken}")
+                masks.check(parameter, self._pattern(group), transposed=group["transposed"])
 
     def flip_rate(self) -> float:
         """Share of all masks that the last refresh changed: near 0 they have settled. Any process may ask alone."""
@@ -312,8 +312,3 @@ def left_over(optimizer: SparseAdamW) -> float:
             sums += shards.total(own, parameter).cpu()
     total, count = sums.tolist()
     return total / max(count, 1)
-
-
-def _matrices(values: Tensor) -> list[Tensor]:
-    """Those of a stack (..., R, C); none where a process holds no row."""
-    return list(values.unsqueeze(0).flatten(0, -3)) if values.numel() else []

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import combinations
 
 import pytest
 
@@ -89,12 +90,19 @@ class KilledError(BaseException):
     """Stands for the end of the process."""
 
 
+WAYS = {
+    "ast": ["--method", "ast"],
+    "cast": ["--method", "cast"],
+    "wanda": ["--set", "metric=wanda", "--set", "gradient_checkpointing=true"],
+}
+
+
 @pytest.mark.parametrize("at", [5, 40])
-@pytest.mark.parametrize("method", ["ast", "cast"])
-def test_killed_and_resumed_gives_the_same_bytes(at, method, run, model_dir, text_file, tmp_path, monkeypatch, files):
+@pytest.mark.parametrize("way", WAYS)
+def test_killed_and_resumed_gives_the_same_bytes(at, way, run, model_dir, text_file, tmp_path, monkeypatch, files):
     from secateur.training.loop import Loop
 
-    flags = ["--data", text_file, *SMALL, "--method", method, "--set", "checkpoint=10"]
+    flags = ["--data", text_file, *SMALL, *WAYS[way], "--set", "checkpoint=10"]
     assert run("train", model_dir, *flags, "--out", tmp_path / "whole").code == 0
     step = Loop._step
 
@@ -181,7 +189,20 @@ def test_branches_are_trained_and_saved_apart(start, run, model_dir, text_file, 
     assert all(branch.S.any() for branch in branches.values())
 
 
+def test_the_metric_decides(run, model_dir, text_file, trained, tmp_path):
+    found = [masks(trained[0])]
+    for metric in ("wanda", "taylor"):
+        out = tmp_path / metric
+        ran = run("train", model_dir, "--data", text_file, *SMALL, "--set", f"metric={metric}", "--out", out, "--json")
+        assert ran.code == 0, ran.err
+        assert ran.json["held_out"]["after"]["divergence"] < 0.7 * ran.json["held_out"]["before"]["divergence"]
+        assert run("inspect", out).code == 0
+        found.append(masks(out))
+    assert all(one != other for one, other in combinations(found, 2))
+
+
 WRONG = {
+    "unknown metric": (["--data", "{text}", *SMALL, "--set", "metric=wands"], 2, "metric: input should be 'magnitude'"),
     "no tokens": (["--data", "{text}"], 2, "no --tokens; say how long to train"),
     "too few tokens": (["--data", "{text}", "--tokens", 10], 2, "10 tokens are less than one step"),
     "unknown method": (["--data", "{text}", *SMALL, "--method", "magic"], 2, "method: input should be 'ast'"),

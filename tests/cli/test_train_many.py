@@ -38,8 +38,10 @@ def apart(one, other):
     return max((x - y).abs().max().item() for x, y in tensors), moved
 
 
+@pytest.mark.parametrize("metric", ["magnitude", "wanda"])
 @pytest.mark.parametrize("way", WAYS)
-def test_two_processes_train_as_one(way, flags, run, tmp_path):
+def test_two_processes_train_as_one(way, metric, flags, run, tmp_path):
+    flags += ["--set", f"metric={metric}"]
     alone = run(*flags, "--out", tmp_path / "one")
     assert alone.code == 0, alone.err
     ran = two(*flags, *WAYS[way], "--out", tmp_path / "two")

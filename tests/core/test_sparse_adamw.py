@@ -13,6 +13,8 @@ from secateur.core.sparse_adamw import (
     Step,
     Weights,
     by_fisher,
+    by_taylor,
+    by_wanda,
     flipped,
     masked,
     pruned_part,
@@ -148,6 +150,10 @@ def test_decay_without_a_scale():
 
 def test_metrics_and_flips():
     held = Weights(torch.tensor([[1.0, -2.0]]), torch.zeros(1, 2), torch.tensor([[9.0, 1.0]]))
-    assert by_fisher(held, Step(1, lr=0.1)).tolist() == [[9.0, 4.0]]
+    step = Step(1, lr=0.1)
+    assert by_fisher(held, step).tolist() == [[9.0, 4.0]]
+    assert by_taylor(held._replace(m=torch.tensor([[-3.0, 0.5]])), step).tolist() == [[3.0, 1.0]]
+    assert by_wanda(held, step).tolist() == [[1.0, 2.0]]
+    assert by_wanda(held._replace(inputs=torch.tensor([16.0, 0.25])), step).tolist() == [[4.0, 1.0]]
     assert flipped(KEEP, ~KEEP) == KEEP.numel()
     assert flipped(KEEP, KEEP) == 0

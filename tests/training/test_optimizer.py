@@ -276,7 +276,7 @@ def test_the_decay_follows_gradients_and_weights():
     ("options", "words"),
     [
         ({"method": "asst"}, "method 'asst' is unknown; use one of ast, ast_g"),
-        ({"metric": "wands"}, "metric 'wands' is unknown; use one of magnitude, fisher"),
+        ({"metric": "wands"}, "metric 'wands' is unknown; use one of magnitude, fisher, taylor, wanda"),
         ({"lr": -1.0}, "wanted lr >= 0"),
         ({"betas": (0.9, 1.0)}, r"betas in \[0, 1\)"),
     ],

@@ -1,0 +1,76 @@
+"""Choosing the mask of a parameter whose rows may lie in several processes.
+
+N:M and ``row`` patterns choose within rows, which are never cut: nothing travels. Others must see a whole matrix, and
+so must all patterns where a matrix is stored (in, out): every process gathers the scores and chooses alike.
+
+R = out_features, C = in_features; parameters are (..., R, C), or (..., C, R) where ``transposed``.
+"""
+
+import torch
+from torch import Tensor
+
+from secateur.core.pattern import Pattern, by_rows, check_mask, check_shape, keep_mask
+from secateur.errors import UsageError
+from secateur.training import shards
+from secateur.training.shards import local
+
+
+def check_carries(parameter: Tensor, pattern: Pattern, *, transposed: bool) -> None:
+    """ValueError where the parameter cannot have the pattern."""
+    if parameter.ndim < 2:
+        raise ValueError(
+            f"a pattern is for matrices, got a parameter of shape {tuple(parameter.shape)} (FSDP1 makes such ones: use "
+            "FSDP2)"
+        )
+    R, C = parameter.shape[-2:]
+    check_shape((C, R) if transposed else (R, C), pattern)
+    shards.check_rows(parameter)
+
+
+def check_inputs(parameter: Tensor, *, transposed: bool) -> None:
+    """UsageError where nobody can tell every process all inputs of the matrix."""
+    shape = tuple(parameter.shape)
+    if parameter.ndim > 2:
+        raise UsageError(
+            f"metric wanda must see the inputs of every matrix, and {shape[0]} experts in one tensor of shape {shape} "
+            "see theirs inside one kernel; use metric magnitude, fisher or taylor"
+        )
+    if transposed and shards.is_split(parameter):
+        raise UsageError(
+            f"metric wanda wants a matrix that is shared out by its outputs, and {shape} is stored as (in, out); use "
+            "metric magnitude, fisher or taylor, or do not shard"
+        )
+
+
+def chosen(scores: Tensor, parameter: Tensor, pattern: Pattern, *, transposed: bool) -> Tensor:
+    """The mask of this process's rows that keeps the highest scores. Together."""
+    seen = _seen(scores, parameter, pattern, transposed)
+    masks = [keep_mask(matrix, pattern) for matrix in _matrices(seen)]
+    mask = torch.stack(masks).view(seen.shape) if masks else torch.zeros_like(seen, dtype=torch.bool)
+    mask = mask.mT.contiguous() if transposed else mask
+    return shards.part(mask, parameter) if _gathers(parameter, pattern, transposed) else mask
+
+
+def check(parameter: Tensor, pattern: Pattern, *, transposed: bool) -> None:
+    """RuntimeError where the parameter's zeros break the pattern. Together."""
+    for number, matrix in enumerate(_matrices(_seen(local(parameter) != 0, parameter, pattern, transposed))):
+        if broken := check_mask(matrix, pattern):
+            raise RuntimeError(f"matrix {number} of a parameter of shape {tuple(parameter.shape)}: {broken}")
+
+
+def _seen(values: Tensor, parameter: Tensor, pattern: Pattern, transposed: bool) -> Tensor:
+    """(..., R, C) as the pattern sees it: this process's rows, or all where it must see all."""
+    if _gathers(parameter, pattern, transposed):
+        values = shards.whole(shards.like(values, parameter))
+    return values.mT if transposed else values
+
+
+def _gathers(parameter: Tensor, pattern: Pattern, transposed: bool) -> bool:
+    """Whether a choice needs more than the rows at hand. The matrices of a stack are never cut."""
+    cut = parameter.ndim == 2 and shards.is_split(parameter)
+    return cut and (transposed or not by_rows(pattern))
+
+
+def _matrices(values: Tensor) -> list[Tensor]:
+    """Those of a stack (..., R, C); none where a process holds no row."""
+    return list(values.unsqueeze(0).flatten(0, -3)) if values.numel() else []
