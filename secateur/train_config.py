@@ -23,6 +23,7 @@ from secateur.config import (
     check_expressions,
     chosen_blocks,
 )
+from secateur.core.allotment import MOST
 from secateur.core.losses import Distillation
 from secateur.core.pattern import Pattern, make_pattern
 from secateur.core.sparse_adamw import Absolute, Decay, Relative, Schedule
@@ -48,7 +49,8 @@ class TrainConfig:
     sparsity: float | None = None
     """Share of zeros in [0, 1). Needed by every pattern but N:M, which says it itself."""
     pattern: str = "2:4"
-    """Where zeros may lie: unstructured, row, N:M (N kept of every M) or block:RxC."""
+    """Where zeros may lie: unstructured, row, N:M (N kept of every M) or block:RxC; global is unstructured with one
+    threshold for all matrices, at most 95 % zeros in each."""
     metric: Metric = "magnitude"
     """What a weight is worth when the mask is chosen: magnitude; fisher, its square times the second moment; taylor, it
     times the first moment; wanda, it times the size of its inputs in the last ten steps or so."""
@@ -116,7 +118,7 @@ class TrainConfig:
     """Steps without a finite loss that are left out before the run ends."""
 
     def __post_init__(self) -> None:
-        make_pattern(self.pattern, self.sparsity)
+        self._check_pattern()
         least = {
             "slorb": 0,
             "tolerated": 0,
@@ -148,6 +150,17 @@ class TrainConfig:
         for name in EXPRESSIONS:
             check_expressions(name, getattr(self, name))
 
+    def _check_pattern(self) -> None:
+        if self.scope == "matrix":
+            make_pattern(self.pattern, self.sparsity)
+        elif self.sparsity is None or not 0 <= self.sparsity <= MOST:
+            raise ValueError(
+                f"pattern 'global' needs a sparsity, the share of zeros over all matrices, in [0, {MOST}]; got "
+                f"{self.sparsity}"
+            )
+        elif self.slorb:
+            raise ValueError("slorb starts from masks of single matrices, and global has none; use unstructured")
+
     @property
     def step_tokens(self) -> int:
         return self.batch * self.seq_len
@@ -157,9 +170,20 @@ class TrainConfig:
         return self.tokens // self.step_tokens
 
     @property
+    def scope(self) -> Literal["matrix", "global"]:
+        """Over what the sparsity is counted."""
+        return "global" if self.pattern == "global" else "matrix"
+
+    @property
     def target(self) -> Pattern:
-        """The pattern asked for, as a value."""
-        return make_pattern(self.pattern, self.sparsity)
+        """The pattern asked for, as a value; of a global one what a matrix has on the average."""
+        return make_pattern("unstructured" if self.scope == "global" else self.pattern, self.sparsity)
+
+    @property
+    def words(self) -> str:
+        if self.scope == "matrix":
+            return self.target.words()
+        return f"{self.target} of the weights of all matrices together are zero, at most {MOST:.0%} of one"
 
     @property
     def pull(self) -> Decay:

@@ -35,12 +35,13 @@ from secateur.train_config import TrainConfig, train_config_from_dict
 from secateur.training import shards
 from secateur.training.batches import Batches, cut
 from secateur.training.checkpoint import Checkpoints, opened, read_steps
-from secateur.training.groups import first_masks, parameter_groups, sparse_linears
+from secateur.training.groups import first_masks, kept_plan, parameter_groups, sparse_linears
 from secateur.training.inputs import InputSums
 from secateur.training.learner import Learner
 from secateur.training.loop import Loop, LoopOptions, StepRecord
 from secateur.training.low_rank import start_slorb
-from secateur.training.optimizer import SparseAdamW, left_over
+from secateur.training.optimizer import SparseAdamW
+from secateur.training.outcome import left_over
 
 MACHINE = ("checkpoint",)
 """Keys of a recipe that change how a machine is used and not one byte of the result."""
@@ -69,6 +70,7 @@ class TrainRun:
     batches: Batches
     config: TrainConfig
     """With nothing left to circumstances."""
+    adapter: DecoderAdapter
     selection: Selection
     loop: Loop
     watch: Stopwatch
@@ -94,7 +96,7 @@ class TrainRun:
         settled = _settled(config, own, device, precision, len(adapter.blocks))
         torch.manual_seed(config.seed)  # dropout, where a model has it
         loop = _loop(own, other, adapter, selection.plan, batches, settled, accelerator)
-        return cls(own, other, texts, batches, settled, selection, loop, watch)
+        return cls(own, other, texts, batches, settled, adapter, selection, loop, watch)
 
     @property
     def plan(self) -> Plan:
@@ -118,11 +120,12 @@ class TrainRun:
             before = work.kept
             records, noted = self.steps(work)
             report = self.report(records, noted) | {"out": str(out), "resumed_after_steps": before}
+            kept = self.kept()
             shards.gathered(self.student.model)
             if shards.is_first():
                 clear_leftovers(out)
                 with staged(out, overwrite=True) as folder:
-                    found = self.save(folder, records)
+                    found = self.save(folder, records, kept)
                     report |= {"low_rank": asdict(found.low_rank) if found.low_rank else None} | self.spent()
                     write_report(folder / "secateur", report)
                 clear_leftovers(out)
@@ -153,10 +156,15 @@ class TrainRun:
             noted |= {"after": self.loop.held_out()}
         return records, noted
 
-    def save(self, folder: Path, records: list[StepRecord]) -> Inspection:
+    def kept(self) -> Plan:
+        """What the trained weights will be held to. In all processes."""
+        promised = self.loop.optimizer.promised()
+        return kept_plan(self.adapter, self.plan, promised) if promised else Plan({})
+
+    def save(self, folder: Path, records: list[StepRecord], kept: Plan) -> Inspection:
         """Fill a directory, and what was found when it was opened again."""
         model = self.student.model
-        promises = promises_of(model, self.plan) if self.config.method != "none" else promises_of(model, Plan({}))
+        promises = promises_of(model, kept) | ({"zeros": kept.zeros} if self.config.scope == "global" else {})
         with self.watch.stage("save"):
             model.requires_grad_(False).eval()
             save(model, self.student.tokenizer, folder)
@@ -181,7 +189,7 @@ class TrainRun:
             "student": {"source": self.student.source, "class": type(self.student.model).__name__},
             "teacher": {"source": self.teacher.source},
             "recipe": config.to_dict(),
-            "pattern": {"short": str(config.target), "words": config.target.words()},
+            "pattern": {"short": str(config.target), "words": config.words},
             "sparsity": self.plan.sparsity,
             "linears": len(self.plan),
             "weights": self.plan.size,
@@ -267,6 +275,7 @@ def _loop(
         method=config.method,
         decay=config.pull,
         metric=config.metric,
+        scope=config.scope,
         lr=config.lr,
         betas=config.betas,
         weight_decay=config.weight_decay,

@@ -15,7 +15,7 @@ from secateur.errors import UsageError
 @click.option("--teacher", help="Model to learn from.  [default: what STUDENT was pruned from, or STUDENT itself]")
 @click.option("--method", help="ast, ast_g, srste, cast, fixed or none.  [default: ast]")
 @click.option("--sparsity", type=float, help="Share of zeros, 0.7 for 70 %. Not needed with an N:M pattern.")
-@click.option("--pattern", help="unstructured, row, N:M (N KEPT of every M) or block:RxC.  [default: 2:4]")
+@click.option("--pattern", help="unstructured, row, global, N:M (N KEPT of every M) or block:RxC.  [default: 2:4]")
 @click.option("--data", multiple=True, help=f"Training text, repeatable: {DATA_HELP}  [default: c4]")
 @click.option("--tokens", type=int, help="Tokens of training; counted again in every epoch.")
 @click.option("--seq-len", type=int, help="Tokens in each window.  [default: 512]")
@@ -57,7 +57,7 @@ def command(
     source, teacher = str(values.pop("student")), values.pop("teacher", None)
     config = train_config_from_dict(values)
     if first_process():
-        click.echo(f"{config.pattern}: {config.target.words()}; {config.steps} steps", err=True)
+        click.echo(f"{config.pattern}: {config.words}; {config.steps} steps", err=True)
     with on_stderr() if first_process() else nullcontext() as progress:
         result = train(source, config, teacher=teacher, out=out, resume=resume, progress=progress)
     emit(as_json, result.report, *train_summary(result.report))

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from secateur.core.pattern import Pattern, check_shape, pattern_from_dict, pattern_to_dict
+from secateur.core.pattern import Pattern, check_shape, kept_count, pattern_from_dict, pattern_to_dict
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,11 @@ class Plan(Mapping[str, Target]):
     def size(self) -> int:
         """Weights in all planned linears."""
         return sum(target.size for target in self.values())
+
+    @property
+    def zeros(self) -> int:
+        """Zeros in all planned linears, once carried out, where their patterns count over whole matrices."""
+        return sum(target.size - kept_count(target.size, target.pattern.sparsity) for target in self.values())
 
     @property
     def sparsity(self) -> float:

@@ -6,7 +6,8 @@ the sparsity of every matrix.
 
     {"linears": {WEIGHT NAME: {"pattern": {"kind": ...}, "transposed": bool}, ...},     transposed: stored (in, out)
      "tied": [[NAME, NAME, ...], ...],                                                   names that share one tensor
-     "low_rank": {LINEAR NAME: RANK, ...}}                                               where there are branches
+     "low_rank": {LINEAR NAME: RANK, ...},                                               where there are branches
+     "zeros": NUMBER}                                              in all linears, where that was what was asked for
 
 A promised matrix that is no tensor of its own, one expert's in a stack of all, names the tensor and its place there:
 ``"part": {"of": TENSOR NAME, "at": [EXPERT, FIRST ROW, END]}``, or ``[FIRST ROW, END]`` inside a larger matrix. It has
@@ -95,6 +96,8 @@ class Promises:
     tied: list[list[str]]
     low_rank: dict[str, int]
     """Rank of the branch beside a linear, by the linear's name."""
+    zeros: int = 0
+    """In all linears together; 0 where nothing is said of them together."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,8 @@ def inspect(
         if base is not None and name in base:
             _compare(name, tensor, base[name], held.get(name, []), report)
     report.broken += [f"{one.name}: promised but not stored" for one in linears if one.tensor not in checkpoint]
+    if promises and report.zeros < promises.zeros:
+        report.broken.append(f"{report.zeros} zeros in all promised matrices together, {promises.zeros} were promised")
     for group in tied:
         _check_tied(group, checkpoint, directory, report)
     branches, shapes = read_branches(directory), {row.name: row.shape for row in report.rows}
@@ -308,7 +313,7 @@ def _read_promises(directory: Path) -> Promises | None:
     data = _read_json(path)
     try:
         linears = [_promise(name, entry) for name, entry in data["linears"].items()]
-        return Promises(linears, data["tied"], data.get("low_rank", {}))
+        return Promises(linears, data["tied"], data.get("low_rank", {}), data.get("zeros", 0))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ArtefactError(f"{path}: not a promise file ({type(error).__name__}: {error}); prune again") from error
 

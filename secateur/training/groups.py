@@ -1,7 +1,8 @@
 """Which parameters of a model are trained sparse, as a plan of its linears asks: the groups for ``SparseAdamW``."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -51,6 +52,17 @@ def first_masks(adapter: DecoderAdapter, plan: Plan) -> dict[str, Tensor]:
         for name, linear in _linears(adapter)
         if name in plan
     }
+
+
+def kept_plan(adapter: DecoderAdapter, plan: Plan, promised: Mapping[Tensor, Pattern]) -> Plan:
+    """The plan with the patterns that ``SparseAdamW.promised`` has come to; as it was for matrices in larger ones."""
+    linears = dict(_linears(adapter))
+    return Plan(
+        {
+            name: target if _shares_rows(linears[name]) else replace(target, pattern=promised[_holder(linears[name])])
+            for name, target in plan.items()
+        }
+    )
 
 
 def sparse_linears(adapter: DecoderAdapter, plan: Plan) -> dict[Tensor, nn.Module]:

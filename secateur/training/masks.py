@@ -1,15 +1,19 @@
 """Choosing the mask of a parameter whose rows may lie in several processes.
 
 N:M and ``row`` patterns choose within rows, which are never cut: nothing travels. Others must see a whole matrix, and
-so must all patterns where a matrix is stored (in, out): every process gathers the scores and chooses alike.
+so must all patterns where a matrix is stored (in, out): every process gathers the scores and chooses alike. What a
+threshold over all matrices leaves to each is found by counting (``core.allotment``), and only counts travel.
 
 R = out_features, C = in_features; parameters are (..., R, C), or (..., C, R) where ``transposed``.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
-from secateur.core.pattern import Pattern, by_rows, check_mask, check_shape, keep_mask
+from secateur.core.allotment import allotted
+from secateur.core.pattern import Pattern, Unstructured, by_rows, check_mask, check_shape, keep_mask, kept_count
 from secateur.errors import UsageError
 from secateur.training import shards
 from secateur.training.shards import local
@@ -42,6 +46,18 @@ def check_inputs(parameter: Tensor, *, transposed: bool) -> None:
         )
 
 
+def check_shares(sparse: Sequence[tuple[Tensor, Pattern]], *, begun: bool) -> None:
+    """UsageError where one threshold cannot be for all: other patterns, stacks, matrices that came later."""
+    patterns = {pattern for _, pattern in sparse}
+    stacks = [tuple(parameter.shape) for parameter, _ in sparse if parameter.ndim != 2]
+    plain = all(isinstance(pattern, Unstructured) and pattern.per == "matrix" for pattern in patterns)
+    if begun or stacks or len(patterns) > 1 or not plain:
+        raise UsageError(
+            "scope global wants one unstructured pattern for all matrices, none of them in a stack of experts or added "
+            f"later; got {', '.join(map(str, [*patterns, *stacks]))}{', later' * begun}"
+        )
+
+
 def chosen(scores: Tensor, parameter: Tensor, pattern: Pattern, *, transposed: bool) -> Tensor:
     """The mask of this process's rows that keeps the highest scores. Together."""
     seen = _seen(scores, parameter, pattern, transposed)
@@ -49,6 +65,27 @@ def chosen(scores: Tensor, parameter: Tensor, pattern: Pattern, *, transposed: b
     mask = torch.stack(masks).view(seen.shape) if masks else torch.zeros_like(seen, dtype=torch.bool)
     mask = mask.mT.contiguous() if transposed else mask
     return shards.part(mask, parameter) if _gathers(parameter, pattern, transposed) else mask
+
+
+def shares(scores: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], sparsity: float) -> dict[Tensor, Pattern]:
+    """What each matrix is to become where the smallest scores of all go: its own exact count of zeros. Together.
+
+    ``scores`` of the rows at hand are asked for 31 times, in float32 and not negative, and not kept.
+    """
+    sizes = torch.tensor([parameter.numel() for parameter in parameters])
+
+    def below(bits: int) -> Tensor:
+        counts = [shards.total((scores(p).view(torch.int32) < bits).sum(), p) for p in parameters]
+        return torch.stack([count.cpu() for count in counts])
+
+    total = int(sizes.sum())
+    zeros = allotted(below, sizes, total - kept_count(total, sparsity)).tolist()
+    return {p: Unstructured(number / p.numel()) for p, number in zip(parameters, zeros, strict=True)}
+
+
+def zeros(mask: Tensor) -> int:
+    """In all processes. Together."""
+    return int(shards.total((~local(mask)).sum(), mask))
 
 
 def check(parameter: Tensor, pattern: Pattern, *, transposed: bool) -> None:

@@ -50,7 +50,12 @@ def gather_state(optimizer: SparseAdamW, named: Named) -> tuple[dict[str, Tensor
         key: {name: float(optimizer.state[p][key]) for p, name in names.items() if key in optimizer.state[p]}
         for key in NUMBERS
     }
-    return tensors, {"method": optimizer.method, "groups": _groups(optimizer, names), **numbers}
+    return tensors, {
+        "method": optimizer.method,
+        "scope": optimizer.scope,
+        "groups": _groups(optimizer, names),
+        **numbers,
+    }
 
 
 @torch.no_grad()
@@ -63,7 +68,7 @@ def deal_state(optimizer: SparseAdamW, named: Named, tensors: Mapping[str, Tenso
     optimizer.begin()
     names = _names(optimizer, named)
     saved, shapes = shards.told((dict(numbers), {key: tuple(tensor.shape) for key, tensor in tensors.items()}))
-    _check_same(_facts(saved["method"], saved["groups"], shapes), _facts_here(optimizer, names))
+    _check_same(_facts(saved["method"], saved["scope"], saved["groups"], shapes), _facts_here(optimizer, names))
     for group, options in zip(optimizer.param_groups, saved["groups"], strict=True):
         kept = {key: value for key, value in options.items() if key != "names"}
         group.update({**kept, "betas": tuple(kept["betas"])})
@@ -112,17 +117,17 @@ def _facts_here(optimizer: SparseAdamW, names: dict[Tensor, str]) -> dict[str, A
         for parameter, name in names.items()
         for key, own in _tensors(optimizer, parameter).items()
     }
-    return _facts(optimizer.method, _groups(optimizer, names), shapes)
+    return _facts(optimizer.method, optimizer.scope, _groups(optimizer, names), shapes)
 
 
-def _facts(method: str, groups: list[dict[str, Any]], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+def _facts(method: str, scope: str, groups: list[dict[str, Any]], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """What must not change between a checkpoint and going on."""
     places = {
         name: {"group": number, "pattern": group["pattern"], "transposed": group["transposed"]}
         for number, group in enumerate(groups)
         for name in group["names"]
     }
-    return {"method": method, **places, **shapes}
+    return {"method": method, "scope": scope, **places, **shapes}
 
 
 def _check_same(came: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ from secateur.core.pattern import (
     Block,
     Pattern,
     Unstructured,
+    kept_count,
     pattern_from_dict,
     pattern_to_dict,
     ramped,
@@ -60,6 +61,7 @@ from secateur.training.shards import local
 
 Method = Literal["ast", "ast_g", "srste", "cast", "fixed", "none"]
 MetricName = Literal["magnitude", "fisher", "taylor", "wanda"]
+Scope = Literal["matrix", "global"]
 DENSE_UNTIL_FROZEN = ("cast",)
 """Methods whose model computes with all weights while the mask still moves."""
 DEFAULT_DECAY = Relative()
@@ -72,8 +74,9 @@ class SparseAdamW(Optimizer):
     for matrices stored as (in, out), as Conv1D does) and its own ``lr``, ``betas``, ``eps``, ``weight_decay``.
     Parameters of a group with a pattern are matrices (R, C), or stacks of them, where each has the pattern for itself.
     With ``begin=False`` there is no state, and the model stays dense, until ``begin()``: for parameters that are yet to
-    be sharded, moved or replaced. Raises ValueError for an unknown method or metric and for shapes that cannot carry
-    the pattern.
+    be sharded, moved or replaced. In the scope "global" the sparsity of an ``Unstructured`` pattern is that of all
+    matrices together: one threshold decides (``core.allotment``). Raises ValueError for an unknown method or metric and
+    for shapes that cannot carry the pattern.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class SparseAdamW(Optimizer):
         method: Method = "ast",
         decay: Decay = DEFAULT_DECAY,
         metric: MetricName = "magnitude",
+        scope: Scope = "matrix",
         lr: float = 2e-4,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
@@ -97,8 +101,12 @@ class SparseAdamW(Optimizer):
             raise ValueError(
                 f"wanted lr >= 0, betas in [0, 1), eps > 0, weight_decay >= 0; got {lr}, {betas}, {eps}, {weight_decay}"
             )
-        self.schedule, self.method, self.decay, self.metric, self.begun = schedule, method, decay, metric, begin
+        self.schedule, self.method, self.decay, self.metric, self.scope = schedule, method, decay, metric, scope
+        self.begun = False  # until all groups are there
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._check_scope()
+        if begin:
+            self.begin()
 
     @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -109,7 +117,13 @@ class SparseAdamW(Optimizer):
         for parameter in self.param_groups[-1]["params"]:
             self._check_carries(parameter, self.param_groups[-1])
         if self.begun:
+            self._check_scope()
             self.begin()
+
+    def _check_scope(self) -> None:
+        if self.scope == "global":
+            sparse = [(p, self._pattern(group)) for p, group in self._all() if group["pattern"] is not None]
+            masks.check_shares(sparse, begun=self.begun)
 
     def _check_carries(self, parameter: Tensor, group: dict[str, Any]) -> None:
         if group["pattern"] is not None:
@@ -131,11 +145,21 @@ class SparseAdamW(Optimizer):
                 f"{lost} parameters were replaced after they had begun (accelerate's prepare does so with FSDP2); "
                 "build SparseAdamW(..., begin=False), prepare, then call begin()"
             )
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter not in self.state:
-                    self._check_carries(parameter, group)
-                    self._begin(parameter, group)
+        new = [(parameter, group) for parameter, group in self._all() if parameter not in self.state]
+        for parameter, group in new:
+            self._check_carries(parameter, group)
+            self._begin(parameter, group)
+        sparse = [(p, group) for p, group in new if group["pattern"] is not None and self.method != "none"]
+        patterns = self._wanted(sparse)
+        for parameter, group in sparse:
+            state = self.state[parameter]
+            state["mask"] = shards.like(self._chosen(parameter, group, patterns[parameter]), parameter)
+            state["decay"] = torch.zeros(())
+            state["flips"] = torch.zeros(())
+            self._write(parameter, group)
+
+    def _all(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        return [(parameter, group) for group in self.param_groups for parameter in group["params"]]
 
     def _begin(self, parameter: Tensor, group: dict[str, Any]) -> None:
         sparse = group["pattern"] is not None
@@ -149,11 +173,6 @@ class SparseAdamW(Optimizer):
             shape = (C, 1) if group["transposed"] else (C,)
             state["inputs"] = torch.zeros(shape, dtype=torch.float32, device=local(parameter).device)
             state["tokens"] = torch.zeros(())
-        if sparse and self.method != "none":
-            state["mask"] = shards.like(self._chosen(parameter, group, self._step_of(group)), parameter)
-            state["decay"] = torch.zeros(())
-            state["flips"] = torch.zeros(())
-            self._write(parameter, group)
 
     # ------------------------------------------------------------------------------------------------------- one step
 
@@ -169,10 +188,13 @@ class SparseAdamW(Optimizer):
         self._check_seen()
         for group in self.param_groups:
             group["step"] += 1
-            step = self._step_of(group)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._move(parameter, group, step)
+        moved = [(parameter, group) for parameter, group in self._all() if parameter.grad is not None]
+        for parameter, group in moved:
+            self._move(parameter, group, self._step_of(group))
+        sparse = [(p, group) for p, group in self._all() if "mask" in self.state.get(p, ())]
+        self._refresh([(p, group) for p, group in sparse if self.schedule.refreshes(group["step"])])
+        for parameter, group in moved:
+            self._write(parameter, group)
         return loss
 
     def _check_seen(self) -> None:
@@ -218,11 +240,8 @@ class SparseAdamW(Optimizer):
             update: Update = UPDATES[self.method]
             decay = float(state["decay"]) * self.schedule.annealed(step.number)
             update(held, grad, Step(**{**vars(step), "decay": decay}))
-            if self.schedule.refreshes(step.number):
-                self._refresh(parameter, group, step)
         else:
             adamw_(held, grad, step)
-        self._write(parameter, group)
 
     def _held(self, parameter: Tensor) -> Weights:
         """The rows that this process holds."""
@@ -231,21 +250,34 @@ class SparseAdamW(Optimizer):
         inputs = parts["inputs"] / parts["tokens"] if parts.get("tokens") else None
         return Weights(master, parts["exp_avg"], parts["exp_avg_sq"], parts.get("mask"), inputs)
 
-    def _refresh(self, parameter: Tensor, group: dict[str, Any], step: Step) -> None:
-        held, state = self._held(parameter), self.state[parameter]
-        state["decay"] = torch.tensor(self.decay.of(held, partial(shards.norm, parameter=parameter)))
-        if self.method != "fixed":
-            mask = self._chosen(parameter, group, step)
-            flips = shards.total(flipped(held.keep, mask), parameter)  # pyright: ignore[reportArgumentType]
-            state["flips"] = torch.tensor(int(flips) / parameter.numel())
-            local(state["mask"]).copy_(mask)
+    def _refresh(self, due: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        """Choose masks anew, and measure the decay."""
+        patterns = self._wanted(due) if self.method != "fixed" else {}
+        for parameter, group in due:
+            held, state = self._held(parameter), self.state[parameter]
+            state["decay"] = torch.tensor(self.decay.of(held, partial(shards.norm, parameter=parameter)))
+            if parameter in patterns:
+                mask = self._chosen(parameter, group, patterns[parameter])
+                flips = shards.total(flipped(held.keep, mask), parameter)  # pyright: ignore[reportArgumentType]
+                state["flips"] = torch.tensor(int(flips) / parameter.numel())
+                local(state["mask"]).copy_(mask)
+                self._write(parameter, group)
 
-    def _chosen(self, parameter: Tensor, group: dict[str, Any], step: Step) -> Tensor:
-        """The mask that weights and moments ask for now, at the sparsity that the schedule has come to."""
-        held = self._held(parameter)
-        scores = METRICS[self.metric](held, step) if step.number else held.W.abs()  # no moments yet
-        pattern: Any = ramped(self._pattern(group), self.schedule.sparsity_reached(step.number))
-        return masks.chosen(scores, parameter, pattern, transposed=group["transposed"])
+    def _wanted(self, due: list[tuple[Tensor, dict[str, Any]]]) -> dict[Tensor, Pattern]:
+        """What every matrix is to become now, at the sparsity that the schedule has come to."""
+        reached = {p: self.schedule.sparsity_reached(group["step"]) for p, group in due}
+        ramps: dict[Tensor, Any] = {p: ramped(self._pattern(group), reached[p]) for p, group in due}
+        if self.scope == "matrix" or not due:
+            return ramps
+        groups = dict(due)
+        return masks.shares(lambda p: self._scores(p, groups[p]), [*ramps], next(iter(ramps.values())).sparsity)
+
+    def _scores(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        held, step = self._held(parameter), self._step_of(group)
+        return METRICS[self.metric](held, step) if step.number else held.W.abs()  # no moments yet
+
+    def _chosen(self, parameter: Tensor, group: dict[str, Any], pattern: Pattern) -> Tensor:
+        return masks.chosen(self._scores(parameter, group), parameter, pattern, transposed=group["transposed"])
 
     def _pattern(self, group: dict[str, Any]) -> Pattern:
         return pattern_from_dict(group["pattern"])
@@ -276,14 +308,29 @@ class SparseAdamW(Optimizer):
         Raises RuntimeError where a mask breaks its pattern: the sparsity had not risen to its end, for one.
         """
         self.begin()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if "mask" not in self.state[parameter]:
-                    continue
+        patterns = self.promised()
+        for parameter, group in self._all():
+            if parameter in patterns:
                 held = self._held(parameter)
                 held.W.copy_(masked(held))
                 local(parameter).copy_(held.W)
-                masks.check(parameter, self._pattern(group), transposed=group["transposed"])
+                masks.check(parameter, patterns[parameter], transposed=group["transposed"])
+
+    @torch.no_grad()
+    def promised(self) -> dict[Tensor, Pattern]:
+        """What every sparse parameter is held to; in the scope "global" the share of zeros that has fallen on it.
+
+        Together. Raises RuntimeError where these shares do not add up.
+        """
+        sparse = [(p, self._pattern(group)) for p, group in self._all() if "mask" in self.state[p]]
+        if self.scope == "matrix" or not sparse:
+            return dict(sparse)
+        found = {parameter: masks.zeros(self.state[parameter]["mask"]) for parameter, _ in sparse}
+        size = sum(parameter.numel() for parameter in found)
+        wanted = size - kept_count(size, sparse[0][1].sparsity)
+        if sum(found.values()) != wanted:
+            raise RuntimeError(f"all masks together have {sum(found.values())} zeros, {wanted} were promised")
+        return {parameter: Unstructured(number / parameter.numel()) for parameter, number in found.items()}
 
     def flip_rate(self) -> float:
         """Share of all masks that the last refresh changed: near 0 they have settled. Any process may ask alone."""
@@ -299,16 +346,3 @@ class SparseAdamW(Optimizer):
         for number, parameter in zip(numbers, parameters, strict=True):
             for key, value in state_dict["state"].get(number, {}).items():
                 self.state[parameter][key] = value.to(parameter.device if value.ndim else "cpu", copy=True)
-
-
-@torch.no_grad()
-def left_over(optimizer: SparseAdamW) -> float:
-    """Mean distance from zero of the pruned masters. Together."""
-    sums = torch.zeros(2, dtype=torch.float64)
-    for parameter, state in optimizer.state.items():
-        if "mask" in state:
-            pruned = local(state["master"])[~local(state["mask"])]
-            own = torch.stack([pruned.abs().sum(dtype=torch.float64), pruned.new_tensor(pruned.numel()).double()])
-            sums += shards.total(own, parameter).cpu()
-    total, count = sums.tolist()
-    return total / max(count, 1)

@@ -94,6 +94,7 @@ WAYS = {
     "ast": ["--method", "ast"],
     "cast": ["--method", "cast"],
     "wanda": ["--set", "metric=wanda", "--set", "gradient_checkpointing=true"],
+    "global": ["--pattern", "global", "--sparsity", 0.6, "--set", "sparsify=0.5"],
 }
 
 
@@ -189,6 +190,25 @@ def test_branches_are_trained_and_saved_apart(start, run, model_dir, text_file, 
     assert all(branch.S.any() for branch in branches.values())
 
 
+def test_one_threshold_for_all_matrices(run, model_dir, text_file, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--data", text_file, *SMALL, "--pattern", "global", "--sparsity", 0.7, "--out", out, "--json"]
+    ran = run("train", model_dir, *flags)
+    assert ran.code == 0, ran.err
+    assert ran.json["pattern"]["words"] == "70% of the weights of all matrices together are zero, at most 95% of one"
+    promise = json.loads((out / "secateur" / "promise.json").read_text())
+    found = run("inspect", out, "--json").json
+    assert found["zeros"] == promise["zeros"] == round(0.7 * ran.json["weights"])
+    shares = {name: entry["pattern"]["sparsity"] for name, entry in promise["linears"].items()}
+    assert len(set(shares.values())) > 1
+    assert {row["name"]: row["sparsity"] for row in found["rows"] if row["pattern"]} == pytest.approx(shares)
+    promise["zeros"] += 1
+    (out / "secateur" / "promise.json").write_text(json.dumps(promise))
+    assert run("inspect", out).code == 1
+    recipe = run("train", "--recipe", out / "secateur" / "recipe.yaml", "--out", tmp_path / "again", "--json")
+    assert recipe.json["sparsity"] == ran.json["sparsity"]
+
+
 def test_the_metric_decides(run, model_dir, text_file, trained, tmp_path):
     found = [masks(trained[0])]
     for metric in ("wanda", "taylor"):
@@ -202,6 +222,17 @@ def test_the_metric_decides(run, model_dir, text_file, trained, tmp_path):
 
 
 WRONG = {
+    "global without a share": (["--data", "{text}", *SMALL, "--pattern", "global"], 2, "'global' needs a sparsity"),
+    "too much to be global": (
+        ["--data", "{text}", *SMALL, "--pattern", "global", "--sparsity", 0.96],
+        2,
+        "in [0, 0.95]; got 0.96",
+    ),
+    "global with branches": (
+        ["--data", "{text}", *SMALL, "--pattern", "global", "--sparsity", 0.5, "--slorb", 8],
+        2,
+        "use unstructured",
+    ),
     "unknown metric": (["--data", "{text}", *SMALL, "--set", "metric=wands"], 2, "metric: input should be 'magnitude'"),
     "no tokens": (["--data", "{text}"], 2, "no --tokens; say how long to train"),
     "too few tokens": (["--data", "{text}", "--tokens", 10], 2, "10 tokens are less than one step"),

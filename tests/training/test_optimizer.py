@@ -272,6 +272,57 @@ def test_the_decay_follows_gradients_and_weights():
     assert float(state["decay"]) == pytest.approx(float(expected))
 
 
+def test_one_threshold_over_all_matrices():
+    """Against a sort of all scores, at every refresh, with the sparsity on its rise."""
+    model = network()
+    model[2].weight.data *= 2
+    schedule = Schedule(20, refresh=5, sparsify=0.5)
+    optimizer = SparseAdamW(groups(model, Unstructured(0.7)), scope="global", lr=1e-2, schedule=schedule)
+    reached, sparse = [], [p for p in model.parameters() if p.ndim == 2]
+    for _ in range(4):
+        train(model, optimizer, 5)
+        scores = torch.cat([optimizer.state[p]["master"].abs().flatten() for p in sparse])
+        kept = torch.cat([(p != 0).flatten() for p in sparse])
+        reached.append(int((~kept).sum()))
+        if len(reached) < 4:  # the last mask was chosen at 16, and then stayed
+            assert scores[kept].min() >= scores[~kept].max()
+    assert reached == [round(768 * 0.7 * (1 - 0.5**3)), 538, 538, 538]
+    optimizer.project()
+    shares = [float((p == 0).float().mean()) for p in sparse]
+    assert abs(shares[0] - shares[1]) > 0.05, "matrices differ"
+    assert {p: pattern.sparsity for p, pattern in optimizer.promised().items()} == pytest.approx(
+        dict(zip(sparse, shares, strict=True))
+    )
+
+
+def test_ties_over_all_matrices_have_an_order():
+    first, last = (nn.Parameter(torch.ones(4, 5)) for _ in range(2))
+    options = {"scope": "global", "schedule": Schedule(10)}
+    SparseAdamW([{"params": [first, last], "pattern": Unstructured(0.6)}], **options)
+    assert int((first == 0).sum()) == 5
+    assert int((last == 0).sum()) == 19, "no more than 95 % of one"
+    assert last[0, 0] == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"pattern": NM(2, 4)}, "scope global wants one unstructured pattern for all matrices, .*got .*2:4"),
+        ({"pattern": Unstructured(0.5, "row")}, "got .*50% per row"),
+        ({"params": [nn.Parameter(torch.ones(2, 4, 4))]}, r"got 50%, \(2, 4, 4\)"),
+        ({"params": [nn.Parameter(torch.ones(10, 10))], "pattern": Unstructured(0.96)}, "got 50%, 96%|got 96%, 50%"),
+    ],
+)
+def test_what_one_threshold_is_not_for(more, words):
+    group = {"params": [nn.Parameter(torch.ones(4, 4))], "pattern": Unstructured(0.5)}
+    other = {"params": [nn.Parameter(torch.ones(4, 4))], "pattern": Unstructured(0.5), **more}
+    with pytest.raises(ValueError, match=words):
+        SparseAdamW([group, other], scope="global", schedule=Schedule(10))
+    optimizer = SparseAdamW([group], scope="global", schedule=Schedule(10))
+    with pytest.raises(ValueError, match="later"):
+        optimizer.add_param_group(other)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -62,7 +62,9 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("world", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("case", [*(f"{method} 2:4" for method in UPDATES), "ast unstructured", "ast row"])
+@pytest.mark.parametrize(
+    "case", [*(f"{method} 2:4" for method in UPDATES), "ast unstructured", "ast row", "ast global"]
+)
 def test_two_processes_train_as_one(kept, case, world):
     half, end = kept("one", f"{case} half"), kept("one", case)
     assert_within_rounding(half, kept(world, f"{case} half"))

@@ -35,6 +35,7 @@ CASES = [
     *((method, "2:4") for method in ("ast", "ast_g", "srste", "cast", "fixed", "none")),
     ("ast", "unstructured"),
     ("ast", "row"),
+    ("ast", "global"),
 ]
 
 
@@ -155,9 +156,10 @@ WRAPS = {
 
 
 def optimizer_for(model, method="ast", structure="2:4", **options):
-    pattern = make_pattern(structure, None if ":" in structure else 0.6)
+    scope = "global" if structure == "global" else "matrix"
+    pattern = make_pattern("unstructured" if scope == "global" else structure, None if ":" in structure else 0.6)
     schedule = Schedule(STEPS, refresh=2, freeze=0.75)
-    return SparseAdamW(llama_groups(model, pattern), method=method, lr=1e-2, schedule=schedule, **options)
+    return SparseAdamW(llama_groups(model, pattern), method=method, lr=1e-2, schedule=schedule, scope=scope, **options)
 
 
 def run_llama(folder, world, method, structure):
