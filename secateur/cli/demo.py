@@ -17,7 +17,7 @@ SEQ_LEN = 512
 HELD_OUT_WINDOWS = 16
 """Windows of SEQ_LEN tokens for each perplexity."""
 STEPS, BATCH = 16, 4
-TRAINING = {"lr": 2e-4, "micro_batch": 2, "holdout": 4, "refresh": 2}
+TRAINING = {"lr": 5e-5, "warmup": 0.25, "micro_batch": 2, "holdout": 4, "refresh": 2}
 """Of ``--train``."""
 
 
