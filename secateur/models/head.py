@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from secateur.errors import ModelError
 from secateur.models.adapter import replaced_forward
@@ -31,8 +31,9 @@ def body(model: PreTrainedModel, ids: Int[Tensor, "B S"]) -> Float[Tensor, "B S 
 def head(model: PreTrainedModel, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T V"]:
     """Logits of some hidden states; gradients pass through."""
 
-    def answer(*args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=hidden[None])  # pyright: ignore[reportArgumentType]
+    def answer(*args: Any, **kwargs: Any) -> MoeModelOutputWithPast:
+        """With every field that some head reads, a router's logits among them."""
+        return MoeModelOutputWithPast(last_hidden_state=hidden[None])  # pyright: ignore[reportArgumentType]
 
     with replaced_forward([model.base_model], answer):
         nobody = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)

@@ -73,6 +73,45 @@ def model_dir(tmp_path_factory, byte_tokenizer) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sharp_dir(model_dir, byte_tokenizer, tmp_path_factory) -> Path:
+    """The same Llama with weights so large that its words follow from its input: there is something to learn."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    for parameter in model.parameters():
+        parameter.data *= 8 if parameter.ndim == 2 else 1
+    path = tmp_path_factory.mktemp("models") / "sharp"
+    model.save_pretrained(path)
+    byte_tokenizer.save_pretrained(path)
+    return path
+
+
+class KilledError(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def killed_at(monkeypatch, run) -> Callable[..., None]:
+    """``killed_at(20, "train", ...)``: the command, whose process ends before it takes another step after 20."""
+    from secateur.training.loop import Loop
+
+    step = Loop._step
+
+    def train(at: int, *args: object) -> None:
+        def killed(loop: Loop):
+            if loop.step == at:
+                raise KilledError
+            return step(loop)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Loop, "_step", killed)
+            with pytest.raises(KilledError):
+                run(*args)
+
+    return train
+
+
+@pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
     """9,000 characters, so 9,000 tokens."""
     path = tmp_path_factory.mktemp("texts") / "text.txt"

@@ -8,20 +8,6 @@ SMALL = ["--tokens", 4096, "--seq-len", 32, "--batch", 4, "--lr", 1e-2, "--set",
 
 
 @pytest.fixture(scope="module")
-def sharp_dir(model_dir, byte_tokenizer, tmp_path_factory):
-    """The tiny Llama with weights so large that its words follow from its input."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
-    for parameter in model.parameters():
-        parameter.data *= 8 if parameter.ndim == 2 else 1
-    path = tmp_path_factory.mktemp("models") / "sharp"
-    model.save_pretrained(path)
-    byte_tokenizer.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def cache(run, sharp_dir, text_file, tmp_path_factory):
     out = tmp_path_factory.mktemp("cache") / "cache"
     ran = run("cache", sharp_dir, "--data", text_file, "--seq-len", 32, "--top-k", 255, "--out", out, "--json")

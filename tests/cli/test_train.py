@@ -26,23 +26,9 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def model_dir(model_dir, byte_tokenizer, tmp_path_factory):
-    """The tiny Llama with weights so large that its words follow from its input."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
-    for parameter in model.parameters():
-        parameter.data *= 8 if parameter.ndim == 2 else 1
-    path = tmp_path_factory.mktemp("models") / "sharp"
-    model.save_pretrained(path)
-    byte_tokenizer.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def trained(run, model_dir, text_file, tmp_path_factory):
+def trained(run, sharp_dir, text_file, tmp_path_factory):
     out = tmp_path_factory.mktemp("train") / "out"
-    ran = run("train", model_dir, "--data", text_file, *SMALL, "--out", out, "--json")
+    ran = run("train", sharp_dir, "--data", text_file, *SMALL, "--out", out, "--json")
     assert ran.code == 0, ran.err
     return out, ran
 
@@ -86,10 +72,6 @@ def test_every_step_is_recorded(trained):
     assert any(step["flip_rate"] for step in steps)
 
 
-class KilledError(BaseException):
-    """Stands for the end of the process."""
-
-
 WAYS = {
     "ast": ["--method", "ast"],
     "cast": ["--method", "cast"],
@@ -100,49 +82,37 @@ WAYS = {
 
 @pytest.mark.parametrize("at", [5, 40])
 @pytest.mark.parametrize("way", WAYS)
-def test_killed_and_resumed_gives_the_same_bytes(at, way, run, model_dir, text_file, tmp_path, monkeypatch, files):
-    from secateur.training.loop import Loop
-
+def test_killed_and_resumed_gives_the_same_bytes(at, way, run, killed_at, sharp_dir, text_file, tmp_path, files):
     flags = ["--data", text_file, *SMALL, *WAYS[way], "--set", "checkpoint=10"]
-    assert run("train", model_dir, *flags, "--out", tmp_path / "whole").code == 0
-    step = Loop._step
-
-    def killed(self):
-        if self.step == at:
-            raise KilledError
-        return step(self)
-
+    assert run("train", sharp_dir, *flags, "--out", tmp_path / "whole").code == 0
     out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_step", killed)
-        with pytest.raises(KilledError):
-            run("train", model_dir, *flags, "--out", out)
+    killed_at(at, "train", sharp_dir, *flags, "--out", out)
     assert not out.exists()
     kept = 10 * (at // 10)
     if kept:
-        refused = run("train", model_dir, *flags, "--out", out)
+        refused = run("train", sharp_dir, *flags, "--out", out)
         assert refused.code == 2
         assert f"an unfinished run of {kept} steps; go on with --resume" in refused.error
-        differs = run("train", model_dir, *flags, "--set", "c=2", "--out", out, "--resume")
+        differs = run("train", sharp_dir, *flags, "--set", "c=2", "--out", out, "--resume")
         assert differs.code == 2
         assert "recipe.c was 3.0 and is 2.0" in differs.error
-    ran = run("train", model_dir, *flags, "--out", out, "--resume", "--json")
+    ran = run("train", sharp_dir, *flags, "--out", out, "--resume", "--json")
     assert ran.code == 0, ran.err
     assert ran.json["resumed_after_steps"] == kept
     assert files(out) == files(tmp_path / "whole")
     assert not list(tmp_path.glob("*.unfinished"))
-    again = run("train", model_dir, *flags, "--out", out, "--resume")
+    again = run("train", sharp_dir, *flags, "--out", out, "--resume")
     assert again.code == 0
     assert "is complete: nothing was left to do" in again.err
 
 
-def test_a_pruned_student_learns_from_what_it_was_pruned_from(run, model_dir, text_file, tmp_path):
+def test_a_pruned_student_learns_from_what_it_was_pruned_from(run, sharp_dir, text_file, tmp_path):
     pruned = tmp_path / "pruned"
-    assert run("prune", model_dir, "--method", "magnitude", "--pattern", "2:4", "--out", pruned).code == 0
+    assert run("prune", sharp_dir, "--method", "magnitude", "--pattern", "2:4", "--out", pruned).code == 0
     flags = ["--data", text_file, *SMALL, "--method", "fixed", "--out", tmp_path / "out", "--json"]
     ran = run("train", pruned, *flags)
     assert ran.code == 0, ran.err
-    assert ran.json["teacher"]["source"] == str(model_dir)
+    assert ran.json["teacher"]["source"] == str(sharp_dir)
     assert ran.json["held_out"]["after"]["divergence"] < 0.7 * ran.json["held_out"]["before"]["divergence"]
     assert masks(pruned) == masks(tmp_path / "out")
 
@@ -156,11 +126,20 @@ def masks(directory):
     }
 
 
+def test_fused_experts_are_trained_and_keep_their_pattern(run, moe, byte_tokenizer, text_file, tmp_path):
+    moe("mixtral", vocab_size=260).save_pretrained(tmp_path / "moe")
+    byte_tokenizer.save_pretrained(tmp_path / "moe")
+    ran = run("train", tmp_path / "moe", "--data", text_file, *SMALL, "--out", tmp_path / "out", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["held_out"]["after"]["divergence"] < 0.9 * ran.json["held_out"]["before"]["divergence"]
+    assert run("inspect", tmp_path / "out").code == 0
+
+
 @pytest.mark.parametrize(
     "flags", [["--method", "none"], ["--pattern", "row", "--sparsity", "0.7"]], ids=["none", "row"]
 )
-def test_other_patterns_and_none(flags, run, model_dir, text_file, tmp_path):
-    ran = run("train", model_dir, "--data", text_file, *SMALL, *flags, "--out", tmp_path / "out", "--json")
+def test_other_patterns_and_none(flags, run, sharp_dir, text_file, tmp_path):
+    ran = run("train", sharp_dir, "--data", text_file, *SMALL, *flags, "--out", tmp_path / "out", "--json")
     assert ran.code == 0, ran.err
     assert run("inspect", tmp_path / "out").code == 0
     zeros = sum(map(bool, masks(tmp_path / "out").values()))
@@ -168,14 +147,14 @@ def test_other_patterns_and_none(flags, run, model_dir, text_file, tmp_path):
 
 
 @pytest.mark.parametrize("start", ["dense", "pruned"])
-def test_branches_are_trained_and_saved_apart(start, run, model_dir, text_file, tmp_path):
+def test_branches_are_trained_and_saved_apart(start, run, sharp_dir, text_file, tmp_path):
     from secateur.models.branches import attached
     from secateur.models.load import load
 
-    student = model_dir
+    student = sharp_dir
     if start == "pruned":
         student = tmp_path / "pruned"
-        assert run("prune", model_dir, "--method", "magnitude", "--pattern", "2:4", "--out", student).code == 0
+        assert run("prune", sharp_dir, "--method", "magnitude", "--pattern", "2:4", "--out", student).code == 0
     before, after = (
         run("train", student, "--data", text_file, *SMALL, *more, "--out", tmp_path / name, "--json").json
         for name, more in {"bare": [], "branched": ["--slorb", 8]}.items()
@@ -190,10 +169,10 @@ def test_branches_are_trained_and_saved_apart(start, run, model_dir, text_file, 
     assert all(branch.S.any() for branch in branches.values())
 
 
-def test_one_threshold_for_all_matrices(run, model_dir, text_file, tmp_path):
+def test_one_threshold_for_all_matrices(run, sharp_dir, text_file, tmp_path):
     out = tmp_path / "out"
     flags = ["--data", text_file, *SMALL, "--pattern", "global", "--sparsity", 0.7, "--out", out, "--json"]
-    ran = run("train", model_dir, *flags)
+    ran = run("train", sharp_dir, *flags)
     assert ran.code == 0, ran.err
     assert ran.json["pattern"]["words"] == "70% of the weights of all matrices together are zero, at most 95% of one"
     promise = json.loads((out / "secateur" / "promise.json").read_text())
@@ -209,11 +188,11 @@ def test_one_threshold_for_all_matrices(run, model_dir, text_file, tmp_path):
     assert recipe.json["sparsity"] == ran.json["sparsity"]
 
 
-def test_the_metric_decides(run, model_dir, text_file, trained, tmp_path):
+def test_the_metric_decides(run, sharp_dir, text_file, trained, tmp_path):
     found = [masks(trained[0])]
     for metric in ("wanda", "taylor"):
         out = tmp_path / metric
-        ran = run("train", model_dir, "--data", text_file, *SMALL, "--set", f"metric={metric}", "--out", out, "--json")
+        ran = run("train", sharp_dir, "--data", text_file, *SMALL, "--set", f"metric={metric}", "--out", out, "--json")
         assert ran.code == 0, ran.err
         assert ran.json["held_out"]["after"]["divergence"] < 0.7 * ran.json["held_out"]["before"]["divergence"]
         assert run("inspect", out).code == 0
@@ -248,24 +227,24 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("flags", "code", "said"), WRONG.values(), ids=WRONG)
-def test_bad_input_ends_in_one_line(flags, code, said, run, model_dir, text_file, tmp_path):
+def test_bad_input_ends_in_one_line(flags, code, said, run, sharp_dir, text_file, tmp_path):
     flags = [str(text_file) if flag == "{text}" else flag for flag in flags]
-    ran = run("train", model_dir, *flags, "--out", tmp_path / "out")
+    ran = run("train", sharp_dir, *flags, "--out", tmp_path / "out")
     assert ran.code == code, ran.err
     assert said in ran.error
     assert not list(tmp_path.iterdir())
 
 
-def test_a_teacher_of_other_words_is_refused(run, model_dir, text_file, tmp_path, tiny_llama, byte_tokenizer):
+def test_a_teacher_of_other_words_is_refused(run, sharp_dir, text_file, tmp_path, tiny_llama, byte_tokenizer):
     tiny_llama.save_pretrained(tmp_path / "other")
     byte_tokenizer.save_pretrained(tmp_path / "other")
     flags = ["--data", text_file, *SMALL, "--teacher", tmp_path / "other", "--out", tmp_path / "out"]
-    ran = run("train", model_dir, *flags)
+    ran = run("train", sharp_dir, *flags)
     assert ran.code == 2
     assert "the student has 260 tokens and the teacher 128" in ran.error
 
 
-def test_steps_without_a_finite_gradient_are_left_out_and_counted(run, model_dir, text_file, tmp_path, monkeypatch):
+def test_steps_without_a_finite_gradient_are_left_out_and_counted(run, sharp_dir, text_file, tmp_path, monkeypatch):
     from secateur.training.loop import Loop
 
     gradients = Loop._gradients
@@ -279,13 +258,13 @@ def test_steps_without_a_finite_gradient_are_left_out_and_counted(run, model_dir
     monkeypatch.setattr(Loop, "_gradients", poisoned)
     flags = ["--data", text_file, *SMALL, "--set", "checkpoint=10", "--set", "tolerated=2"]
     bad = {3, 30}
-    ran = run("train", model_dir, *flags, "--out", tmp_path / "out", "--json")
+    ran = run("train", sharp_dir, *flags, "--out", tmp_path / "out", "--json")
     assert ran.code == 0, ran.err
     assert ran.json["skipped_steps"] == 2
     assert "2 steps were left out" in " ".join(ran.json["warnings"])
     assert run("inspect", tmp_path / "out").code == 0
     bad = {3, 30, 31}
-    ran = run("train", model_dir, *flags, "--out", tmp_path / "broken")
+    ran = run("train", sharp_dir, *flags, "--out", tmp_path / "broken")
     assert ran.code == 1
     assert "step 32: the gradient is not finite" in ran.error
     assert "keeps 30 steps: go on with --resume" in ran.error

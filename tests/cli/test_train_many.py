@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from secateur.training.loop import Loop
-
 SMALL = ["--tokens", 1536, "--seq-len", 32, "--batch", 4, "--micro-batch", 1, "--lr", 1e-3, "--set", "holdout=4"]
 EXACT = ["--set", "precision=float32", "--set", "refresh=3", "--set", "checkpoint=6"]
 DRIVER = Path(__file__).parent / "many.py"
@@ -58,23 +56,9 @@ def test_two_processes_train_as_one(way, metric, flags, run, tmp_path):
     assert run("inspect", tmp_path / "two").code == 0
 
 
-class KilledError(BaseException):
-    """Stands for the end of the process."""
-
-
-def test_two_go_on_where_one_was_killed(flags, run, tmp_path, monkeypatch):
-    step = Loop._step
-
-    def killed(self):
-        if self.step == 7:
-            raise KilledError
-        return step(self)
-
+def test_two_go_on_where_one_was_killed(flags, run, killed_at, tmp_path):
     out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_step", killed)
-        with pytest.raises(KilledError):
-            run(*flags, "--out", out)
+    killed_at(7, *flags, "--out", out)
     ran = two(*flags, "--out", out, "--resume")
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert json.loads(ran.stdout)["resumed_after_steps"] == 6
