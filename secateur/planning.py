@@ -34,14 +34,13 @@ from secateur.models.skeleton import skeleton
 from secateur.pruning.cost import FLOAT32, Cost, forward
 from secateur.pruning.cost_sparsellm import block_stages
 from secateur.pruning.footprint import footprint
-from secateur.pruning.low_rank import check_ranks
 from secateur.pruning.rates import HEAD, Probe, Rates, measure
 from secateur.pruning.selection import Selection, linear_shapes
 from secateur.pruning.shapes import BlockShape, Routed, Run, Shared
 from secateur.pruning.work import check_whole
 from secateur.report.progress import Progress, Silent
 from secateur.report.runtimes import ALTERNATIVES, runtimes_for, warnings_for
-from secateur.runs import resolve_device, resolve_precision, select_linears, with_text_needed
+from secateur.runs import resolve_device, resolve_precision, select_to_prune, with_text_needed
 
 if TYPE_CHECKING:
     from secateur.runs import Source
@@ -139,9 +138,7 @@ def plan(
     with subject_of(model, config) as subject:
         context = getattr(subject.adapter.model.config, "max_position_embeddings", None)
         check_seq_len(config.seq_len, context)
-        selection = select_linears(subject.adapter, config)
-        if config.low_rank:
-            check_ranks(subject.adapter, selection.plan, config.low_rank)
+        selection = select_to_prune(subject.adapter, config)
         shapes = block_shapes(subject.adapter, selection, config)
     run = Run(config.samples, config.seq_len, config.batch, precision == "bfloat16" and subject.dtype == torch.float32)
     told.stage("measure this machine for a few seconds")

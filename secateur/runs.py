@@ -19,7 +19,7 @@ from secateur.core.plan import Plan
 from secateur.data.sources import Texts, read_texts
 from secateur.data.tokens import check_seq_len, sample_windows, tokenize
 from secateur.errors import ArtefactError, DeviceError, UsageError
-from secateur.evaluation.inspect import inspect
+from secateur.evaluation.inspect import Inspection, inspect
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.branches import attached, refuse_branches
 from secateur.models.load import Loaded, fingerprint, load
@@ -34,7 +34,7 @@ from secateur.pruning.selection import Selection, select
 from secateur.pruning.work import PROBE_TOKENS
 from secateur.pruning.workdir import Workdir, opened
 from secateur.report.artefact import promises_of, write_artefact, write_report
-from secateur.report.facts import Stopwatch, peak_memory, versions
+from secateur.report.facts import Stopwatch, versions
 from secateur.train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -96,9 +96,7 @@ class Run:
         if ranks.size > len(windows) and config.needs_text:
             raise UsageError(f"{ranks.size} processes for {len(windows)} samples; start fewer, or use more samples")
         adapter = DecoderAdapter(loaded.model)
-        selection = select_linears(adapter, config)
-        if config.low_rank:
-            check_ranks(adapter, selection.plan, config.low_rank)
+        selection = select_to_prune(adapter, config)
         settled = _settled(config, loaded, device, len(adapter.blocks))
         return cls(loaded, adapter, texts, windows, settled, selection, watch, ranks)
 
@@ -148,7 +146,7 @@ class Run:
                 clear_leftovers(out)
                 with staged(out, overwrite=True) as folder:
                     self.save(folder, records)
-                    report |= self.spent()
+                    report |= self.watch.spent()
                     write_report(folder / "secateur", report)
                 clear_leftovers(out)
         if is_offloaded(self.loaded.model):  # what it read from is gone
@@ -186,10 +184,7 @@ class Run:
                 records=[record.to_dict() for record in records],
                 promises=promises,
             )
-        with self.watch.stage("inspect", "check what was saved"):
-            broken = inspect(folder).broken
-        if broken:
-            raise ArtefactError(f"the saved model breaks {len(broken)} promises, the first: {broken[0]}")
+        checked(folder, self.watch)
 
     def report(self, records: list[BlockRecord], budget: Budget) -> dict[str, Any]:
         """All that ``report.json`` holds; seconds and memory are those of this process."""
@@ -198,12 +193,16 @@ class Run:
         report["left_alone"] = self.adapter.left_alone()
         report["skipped"] = [row.to_dict() for row in self.selection.skipped]
         report["hidden_states"] = {"memory_peak": budget.peak_used, "disk_peak": budget.peak_spilled}
-        return report | {"out": None, "processes": self.ranks.size} | self.spent()
+        return report | {"out": None, "processes": self.ranks.size} | self.watch.spent()
 
-    def spent(self) -> dict[str, Any]:
-        """Seconds by stage up to now, and the most memory."""
-        seconds = {**self.watch.seconds, "total": self.watch.total}
-        return {"seconds": seconds, "peak_memory_bytes": peak_memory()}
+
+def checked(folder: Path, watch: Stopwatch) -> Inspection:
+    """What was saved, opened again; ArtefactError where it breaks a promise."""
+    with watch.stage("inspect", "check what was saved"):
+        found = inspect(folder)
+    if found.broken:
+        raise ArtefactError(f"the saved model breaks {len(found.broken)} promises, the first: {found.broken[0]}")
+    return found
 
 
 def _said(record: BlockRecord) -> str:
@@ -249,6 +248,14 @@ def select_linears(adapter: DecoderAdapter, config: PruneConfig | TrainConfig) -
         return select(adapter, config.target, blocks, config.include, config.ignore)
     except ValueError as error:  # a width that the pattern does not divide
         raise UsageError(str(error)) from error
+
+
+def select_to_prune(adapter: DecoderAdapter, config: PruneConfig) -> Selection:
+    """The same, with room for the branches that are asked for."""
+    selection = select_linears(adapter, config)
+    if config.low_rank:
+        check_ranks(adapter, selection.plan, config.low_rank)
+    return selection
 
 
 def _settled(config: PruneConfig, loaded: Loaded, device: str, total: int) -> PruneConfig:

@@ -13,9 +13,9 @@ from secateur.core.losses import Distillation
 from secateur.data.sources import read_texts
 from secateur.data.tokens import check_seq_len, eval_windows, tokenize
 from secateur.errors import UsageError
-from secateur.models.durable import admit, locked
+from secateur.models.durable import LOCK, UNFINISHED, admit, locked
 from secateur.models.load import Loaded
-from secateur.models.save import refuse_occupied
+from secateur.models.save import flush, refuse_occupied
 from secateur.report.facts import Stopwatch, versions
 from secateur.runs import open_model, resolve_device, resolve_precision
 from secateur.training.cache import CachedTeacher, CacheFacts, build, is_cache
@@ -24,7 +24,6 @@ from secateur.training.learner import ModelTeacher, Teacher
 Named = str | os.PathLike[str] | Loaded
 """A model by name or path, or as ``models.load`` gives it."""
 RECIPE = Path("secateur") / "recipe.yaml"
-UNFINISHED = ".unfinished"
 
 
 @dataclass(frozen=True)
@@ -158,6 +157,8 @@ def cache_teacher(
         torch.nn.Module.to(loaded.model, device)
         for done in build(loaded.model, windows, facts, folder, autocast):
             watch.progress.update(done, len(windows))
+    (folder / LOCK).unlink()
     folder.replace(place)
+    flush(place.parent)
     size = sum(file.stat().st_size for file in place.iterdir())
     return {"cache": vars(facts), "out": str(place), "bytes": size, "seconds": watch.total}

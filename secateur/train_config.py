@@ -1,11 +1,13 @@
 """The recipe of sparse training: one typed config behind flags, a YAML file and Python, as ``config`` is for pruning.
 
-student: pruned
-teacher: HuggingFaceTB/SmolLM2-135M-Instruct
-pattern: 2:4
-data: [train/openwebtext.jsonl, train/wikipedia.jsonl]
-tokens: 300000
-loss: {alpha: 0.67, temperature: 2}
+A recipe file is a YAML mapping with the fields of ``TrainConfig``, ``student`` and, as it likes, ``teacher``:
+
+    student: pruned
+    teacher: HuggingFaceTB/SmolLM2-135M-Instruct
+    pattern: 2:4
+    data: [train/openwebtext.jsonl, train/wikipedia.jsonl]
+    tokens: 300000
+    loss: {alpha: 0.67, temperature: 2}
 """
 
 import math

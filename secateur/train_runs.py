@@ -19,8 +19,8 @@ from secateur.core.plan import Plan
 from secateur.core.sparse_adamw import NEED_INPUTS
 from secateur.data.sources import Texts, read_texts
 from secateur.data.tokens import check_seq_len, tokenize
-from secateur.errors import ArtefactError, UsageError
-from secateur.evaluation.inspect import Inspection, inspect
+from secateur.errors import UsageError
+from secateur.evaluation.inspect import Inspection
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.head import check_head
 from secateur.models.load import Loaded
@@ -28,8 +28,8 @@ from secateur.models.quiet import quiet
 from secateur.models.save import clear_leftovers, save, staged
 from secateur.pruning.selection import Selection
 from secateur.report.artefact import promises_of, write_artefact, write_report
-from secateur.report.facts import Stopwatch, peak_memory, versions
-from secateur.runs import VERIFY_TOKENS, lasting, open_model, resolve_device, resolve_precision, select_linears
+from secateur.report.facts import Stopwatch, versions
+from secateur.runs import VERIFY_TOKENS, checked, lasting, open_model, resolve_device, resolve_precision, select_linears
 from secateur.teachers import Named, Tutor, tutor
 from secateur.train_config import TrainConfig, train_config_from_dict
 from secateur.training import shards
@@ -126,7 +126,7 @@ class TrainRun:
                 clear_leftovers(out)
                 with staged(out, overwrite=True) as folder:
                     found = self.save(folder, records, kept)
-                    report |= {"low_rank": asdict(found.low_rank) if found.low_rank else None} | self.spent()
+                    report |= {"low_rank": asdict(found.low_rank) if found.low_rank else None} | self.watch.spent()
                     write_report(folder / "secateur", report)
                 clear_leftovers(out)
         if self.config.shard:  # what was trained lies in pieces
@@ -176,11 +176,7 @@ class TrainRun:
                 records=[asdict(record) for record in records],
                 promises=promises,
             )
-        with self.watch.stage("inspect", "check what was saved"):
-            found = inspect(folder)
-        if found.broken:
-            raise ArtefactError(f"the saved model breaks {len(found.broken)} promises, the first: {found.broken[0]}")
-        return found
+        return checked(folder, self.watch)
 
     def report(self, records: list[StepRecord], noted: dict[str, Any]) -> dict[str, Any]:
         """All that ``report.json`` holds; seconds and memory are those of this process."""
@@ -206,18 +202,18 @@ class TrainRun:
             "warnings": self.warnings(records, noted["pruned"]),
             "low_rank": None,
             "versions": versions(),
-        } | self.spent()
+        } | self.watch.spent()
 
     def warnings(self, records: list[StepRecord], left: float) -> list[str]:
         """What went badly and what would help. ``left``: how far pruned weights were from zero in the beginning."""
-        lines = []
-        if records[-1].flip_rate > UNSETTLED and self.config.method not in ("fixed", "none"):
+        lines, moving = [], self.config.method not in ("fixed", "none")
+        if moving and records[-1].flip_rate > UNSETTLED:
             lines.append(
                 f"{records[-1].flip_rate:.2%} of the masks changed at their last refresh: they had not settled; give "
                 "more tokens, a larger c, or a smaller anneal"
             )
         reach = sum(record.lr for record in records)
-        if reach < left and self.config.method not in ("fixed", "none"):
+        if moving and reach < left:
             lines.append(
                 f"the rates of all steps add up to {reach:.2g}, and pruned weights were {left:.2g} away from zero on "
                 "the average: the decay could not bring them there; give more tokens, a larger lr, or a pruned student"
@@ -225,10 +221,6 @@ class TrainRun:
         if self.loop.skipped:
             lines.append(f"{self.loop.skipped} steps were left out, their gradients were not finite; lower lr")
         return lines
-
-    def spent(self) -> dict[str, Any]:
-        """Seconds by stage up to now, and the most memory."""
-        return {"seconds": {**self.watch.seconds, "total": self.watch.total}, "peak_memory_bytes": peak_memory()}
 
 
 def _said(record: StepRecord) -> str:

@@ -6,8 +6,7 @@ from typing import Any
 import click
 
 from secateur.cli.options import debug_option, emit, json_option
-from secateur.cli.prune import merged
-from secateur.cli.recipe_options import recipe_options
+from secateur.cli.recipe_options import merged, recipe_options
 
 
 @click.command("plan")
@@ -26,7 +25,7 @@ def command(model: str | None, recipe: Path | None, sets: tuple[str, ...], as_js
     from secateur.report.plan_page import plan_page
     from secateur.report.progress import on_stderr
 
-    values = merged(model, recipe, flags, sets)
+    values = merged("model", model, recipe, flags, sets)
     source = str(values.pop("model"))
     config = config_from_dict(values)
     with on_stderr() as progress:

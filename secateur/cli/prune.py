@@ -7,8 +7,7 @@ from typing import Any
 import click
 
 from secateur.cli.options import debug_option, emit, first_process, json_option
-from secateur.cli.recipe_options import recipe_options
-from secateur.errors import UsageError
+from secateur.cli.recipe_options import merged, recipe_options
 
 
 @click.command("prune")
@@ -30,7 +29,7 @@ def command(
     from secateur.report.progress import on_stderr
     from secateur.report.tables import prune_summary
 
-    values = merged(model, recipe, flags, sets)
+    values = merged("model", model, recipe, flags, sets)
     source = str(values.pop("model"))
     config = config_from_dict(values)
     if first_process():
@@ -38,15 +37,3 @@ def command(
     with on_stderr() if first_process() else nullcontext() as progress:
         result = prune(source, config, out=out, resume=resume, progress=progress)
     emit(as_json, result.report, *prune_summary(result.report))
-
-
-def merged(model: str | None, recipe: Path | None, flags: dict[str, Any], sets: tuple[str, ...]) -> dict[str, Any]:
-    """The recipe file, overruled by the flags that were given, overruled by --set. Holds a ``model``."""
-    from secateur.config import apply_sets, load_recipe
-
-    values = load_recipe(recipe) if recipe else {}
-    given = {key: value for key, value in {"model": model, **flags}.items() if value not in (None, ())}
-    values = apply_sets({**values, **given}, sets)
-    if "model" not in values:
-        raise UsageError("no MODEL; give a hub id, a directory, a .gguf file or `demo`, or a recipe that holds one")
-    return values

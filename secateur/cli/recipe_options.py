@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from secateur.cli.options import DATA_HELP, device_option, dtype_option
+from secateur.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -38,6 +39,22 @@ OPTIONS = (
         "--set", "sets", multiple=True, metavar="A.B=C", help="Change any recipe key: --set method.inner=admm"
     ),
 )
+
+
+def merged(
+    name: str, source: str | None, recipe: Path | None, flags: dict[str, Any], sets: tuple[str, ...]
+) -> dict[str, Any]:
+    """The recipe file, overruled by the flags that were given, overruled by --set. Holds ``name``, the model's key."""
+    from secateur.config import apply_sets, load_recipe
+
+    values = load_recipe(recipe) if recipe else {}
+    given = {key: value for key, value in {name: source, **flags}.items() if value not in (None, ())}
+    values = apply_sets({**values, **given}, sets)
+    if name not in values:
+        raise UsageError(
+            f"no {name.upper()}; give a hub id, a directory, a .gguf file or `demo`, or a recipe that holds one"
+        )
+    return values
 
 
 def recipe_options(command: F) -> F:

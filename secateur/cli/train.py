@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from secateur.cli.options import DATA_HELP, debug_option, device_option, dtype_option, emit, first_process, json_option
+from secateur.cli.recipe_options import merged
 from secateur.errors import UsageError
 
 
@@ -53,7 +54,9 @@ def command(
     from secateur.report.training_page import train_summary
     from secateur.train_config import train_config_from_dict
 
-    values = merged(student, recipe, flags, sets)
+    values = merged("student", student, recipe, flags, sets)
+    if "tokens" not in values:
+        raise UsageError("no --tokens; say how long to train: 300000 takes a CPU half an hour at 135M parameters")
     source, teacher = str(values.pop("student")), values.pop("teacher", None)
     config = train_config_from_dict(values)
     if first_process():
@@ -61,17 +64,3 @@ def command(
     with on_stderr() if first_process() else nullcontext() as progress:
         result = train(source, config, teacher=teacher, out=out, resume=resume, progress=progress)
     emit(as_json, result.report, *train_summary(result.report))
-
-
-def merged(student: str | None, recipe: Path | None, flags: dict[str, Any], sets: tuple[str, ...]) -> dict[str, Any]:
-    """The recipe file, overruled by the flags that were given, overruled by --set. Holds ``student`` and ``tokens``."""
-    from secateur.config import apply_sets, load_recipe
-
-    values = load_recipe(recipe) if recipe else {}
-    given = {key: value for key, value in {"student": student, **flags}.items() if value not in (None, ())}
-    values = apply_sets({**values, **given}, sets)
-    if "student" not in values:
-        raise UsageError("no STUDENT; give a hub id, a directory, a .gguf file or `demo`, or a recipe that holds one")
-    if "tokens" not in values:
-        raise UsageError("no --tokens; say how long to train: 300000 takes a CPU half an hour at 135M parameters")
-    return values

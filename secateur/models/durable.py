@@ -12,6 +12,8 @@ from filelock import FileLock, Timeout
 from secateur.errors import UsageError
 from secateur.models.save import flush
 
+UNFINISHED = ".unfinished"
+"""What such a directory is called behind the name of its OUT."""
 LOCK, RUN = "lock", "run.json"
 """Files of such a directory: what the process at work holds, and what decides the bytes of the run."""
 

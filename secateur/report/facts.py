@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from typing import Any
 
 from secateur.report.progress import Progress, Silent
 
@@ -26,6 +27,10 @@ class Stopwatch:
             yield
         finally:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+
+    def spent(self) -> dict[str, Any]:
+        """Seconds by stage up to now, and the most memory, as a report has them."""
+        return {"seconds": {**self.seconds, "total": self.total}, "peak_memory_bytes": peak_memory()}
 
     @property
     def total(self) -> float:

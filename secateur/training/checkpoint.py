@@ -26,12 +26,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.errors import ArtefactError
-from secateur.models.durable import admit, durable, locked
+from secateur.models.durable import UNFINISHED, admit, durable, locked
 from secateur.training import shards
 from secateur.training.loop import Loop, StepRecord
 from secateur.training.named_state import deal_state, gather_state
 
-SUFFIX = ".unfinished"
 STATE, RECORDS = "state.json", "records.jsonl"
 RANDOM = "random state"
 """Name of the generator's state among the tensors; no parameter has a space in its name."""
@@ -128,7 +127,7 @@ def opened(out: Path, run: Mapping[str, Any], *, resume: bool) -> Iterator[Check
 
     ``run`` is what decides the bytes; UsageError as ``models.durable.admit`` and ``locked`` say.
     """
-    work = Checkpoints(out.with_name(out.name + SUFFIX))
+    work = Checkpoints(out.with_name(out.name + UNFINISHED))
     if not shards.is_first():
         shards.wait()
         yield work

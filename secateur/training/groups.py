@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from secateur.core.pattern import NM, Pattern, Unstructured, keep_mask
+from secateur.core.pattern import Pattern, by_rows, keep_mask
 from secateur.core.plan import Plan
 from secateur.errors import UsageError
 from secateur.models.adapter import DecoderAdapter, Linear
@@ -87,6 +87,6 @@ def _shares_rows(linear: Linear) -> bool:
 
 def _whole(name: str, pattern: Pattern | None) -> Pattern | None:
     """The pattern of the larger matrix: the same, where it counts in single rows."""
-    if pattern is None or isinstance(pattern, NM) or (isinstance(pattern, Unstructured) and pattern.per == "row"):
+    if pattern is None or by_rows(pattern):
         return pattern
     raise UsageError(f"{name} shares a matrix with another linear, so {pattern} of each cannot be kept; use N:M or row")

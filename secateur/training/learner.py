@@ -52,7 +52,6 @@ class Learner(nn.Module):
         super().__init__()
         self.student, self.options, self.autocast = student, options, autocast
         self._teacher = (teacher,)  # a tuple: a teacher is not trained, wrapped or saved, so it is no submodule
-        self._no_split_modules = student._no_split_modules  # by which accelerate wraps block by block
 
     def forward(self, ids: Int[Tensor, "B S"]) -> Losses:
         """Means over the tokens that have a next one."""

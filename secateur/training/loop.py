@@ -1,6 +1,6 @@
 """The training loop: a generator over optimizer steps, on accelerate, that draws and saves nothing.
 
-    loop = Loop.begun(student, teacher, optimizer, batches, options)
+    loop = Loop(learner, optimizer, batches, options, accelerator)
     for record in loop.run():      # whoever runs it draws the progress, keeps checkpoints, or stops
         ...
     optimizer.project()
@@ -74,7 +74,7 @@ class StepRecord:
 
 
 class Loop:
-    """The state of a run between two steps. Make it, ``restore`` it if it goes on, then ``run`` it."""
+    """The state of a run between two steps. Make it, let ``checkpoint`` restore it if it goes on, then ``run`` it."""
 
     def __init__(
         self,

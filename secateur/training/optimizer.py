@@ -139,7 +139,7 @@ class SparseAdamW(Optimizer):
         carry their pattern.
         """
         self.begun = True
-        present = {parameter for group in self.param_groups for parameter in group["params"]}
+        present = {parameter for parameter, _ in self._all()}
         if lost := sum(parameter not in present for parameter in self.state):
             raise RuntimeError(
                 f"{lost} parameters were replaced after they had begun (accelerate's prepare does so with FSDP2); "
@@ -192,8 +192,9 @@ class SparseAdamW(Optimizer):
         for parameter, group in moved:
             self._move(parameter, group, self._step_of(group))
         sparse = [(p, group) for p, group in self._all() if "mask" in self.state.get(p, ())]
-        self._refresh([(p, group) for p, group in sparse if self.schedule.refreshes(group["step"])])
-        for parameter, group in moved:
+        due = [(p, group) for p, group in sparse if self.schedule.refreshes(group["step"])]
+        self._refresh(due)
+        for parameter, group in dict([*moved, *due]).items():
             self._write(parameter, group)
         return loss
 
@@ -261,7 +262,6 @@ class SparseAdamW(Optimizer):
                 flips = shards.total(flipped(held.keep, mask), parameter)  # pyright: ignore[reportArgumentType]
                 state["flips"] = torch.tensor(int(flips) / parameter.numel())
                 local(state["mask"]).copy_(mask)
-                self._write(parameter, group)
 
     def _wanted(self, due: list[tuple[Tensor, dict[str, Any]]]) -> dict[Tensor, Pattern]:
         """What every matrix is to become now, at the sparsity that the schedule has come to."""
@@ -295,9 +295,8 @@ class SparseAdamW(Optimizer):
     def rewrite(self) -> None:
         """Write the weights that the model is to compute with once more, after a change of masters or masks."""
         self.begin()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self._write(parameter, group)
+        for parameter, group in self._all():
+            self._write(parameter, group)
 
     # --------------------------------------------------------------------------------------------------------- the end
 
@@ -342,7 +341,6 @@ class SparseAdamW(Optimizer):
         """As torch's, but state keeps its own types: torch would round masters and masks to the parameter's."""
         super().load_state_dict(state_dict)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for number, parameter in zip(numbers, parameters, strict=True):
+        for number, (parameter, _) in zip(numbers, self._all(), strict=True):
             for key, value in state_dict["state"].get(number, {}).items():
                 self.state[parameter][key] = value.to(parameter.device if value.ndim else "cpu", copy=True)
