@@ -25,7 +25,7 @@ TRAINING = {"lr": 5e-5, "warmup": 0.25, "micro_batch": 2, "holdout": 4, "refresh
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("secateur-demo"), show_default=True, help="Where to save."
 )
-@click.option("--train", is_flag=True, help="Train a 2:4 model for a minute instead, distilling the dense one.")
+@click.option("--train", is_flag=True, help="Train a 2:4 model for two minutes instead, distilling the dense one.")
 @json_option
 @debug_option
 def command(out: Path, train: bool, as_json: bool) -> None:
