@@ -74,8 +74,10 @@ def cholesky(H: Float[Tensor, "C C"], damp: float) -> Factor:
 
 def _factor(H: Float[Tensor, "C C"], ridge: float) -> Float[Tensor, "C C"] | None:
     """Lower Cholesky factor of H + ridge I; None where that is not definite in H's precision."""
-    shifted = H + ridge * torch.eye(H.shape[0], device=H.device, dtype=H.dtype)
-    L, info = torch.linalg.cholesky_ex(shifted)
+    shifted = H.clone()
+    shifted.diagonal().add_(ridge)
+    L, info = shifted.mT, torch.empty((), dtype=torch.int32, device=H.device)  # column-major, as LAPACK wants it
+    torch.linalg.cholesky_ex(L, out=(L, info))  # in place: a wide H is a good part of what a run holds
     return L if int(info) == 0 and all_finite(L) else None
 
 
@@ -100,4 +102,9 @@ def fit(
     W0 leaves unexplained (summed as such: forming YᵀX - W0 H afterwards would cancel). Directions that X does not
     excite keep W0, where a pseudo-inverse returns 0 or amplified rounding noise.
     """
-    return W0 + torch.cholesky_solve(residual.T, cholesky(H, damp).L).T
+    return fit_change(residual, H, damp).add_(W0)
+
+
+def fit_change(residual: Float[Tensor, "R C"], H: Float[Tensor, "C C"], damp: float) -> Float[Tensor, "R C"]:
+    """W - W0 of ``fit``."""
+    return torch.cholesky_solve(residual.T, cholesky(H, damp).L).T

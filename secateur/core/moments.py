@@ -13,10 +13,19 @@ T = tokens, C = in_features, K = width of a second variable.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+
+class Observed(NamedTuple):
+    """What is kept of moments when all tokens are in."""
+
+    H: Float[Tensor, "C C"] | Float[Tensor, " C"]
+    """The mean Gram matrix, or its diagonal."""
+    tokens: int
 
 
 @dataclass
@@ -41,6 +50,9 @@ class Gram:
     def mean(self) -> Float[Tensor, "C C"]:
         return self.sum / max(self.tokens, 1)
 
+    def observed(self) -> Observed:
+        return Observed(self.mean(), self.tokens)
+
 
 @dataclass
 class ColumnNorms:
@@ -63,6 +75,9 @@ class ColumnNorms:
 
     def mean(self) -> Float[Tensor, " C"]:
         return self.sum / max(self.tokens, 1)
+
+    def observed(self) -> Observed:
+        return Observed(self.mean(), self.tokens)
 
 
 @dataclass
@@ -130,13 +145,13 @@ class Inputs:
     half of the columns are dead."""
 
 
-def inputs_of(moments: Gram | ColumnNorms) -> Inputs:
-    """Costs a pass over the sums, a few rows at a time: in float64 all of a wide Gram matrix would be a gigabyte."""
-    sums = moments.sum
-    norms = (sums.diagonal() if sums.ndim == 2 else sums).double()
+def inputs_of(observed: Observed) -> Inputs:
+    """Costs a pass over H, a few rows at a time: in float64 all of a wide Gram matrix would be a gigabyte."""
+    H = observed.H
+    norms = (H.diagonal() if H.ndim == 2 else H).double()
     energy, median = float(norms.sum()), float(norms.median())
     dimension = None
-    if sums.ndim == 2 and energy > 0:
-        dimension = energy**2 / sum(float(rows.double().square().sum()) for rows in sums.split(SLICE))
+    if H.ndim == 2 and energy > 0:
+        dimension = energy**2 / sum(float(rows.double().square().sum()) for rows in H.split(SLICE))
     largest = float(norms.max()) / median if median > 0 else None
-    return Inputs(moments.tokens, len(norms), int((norms == 0).sum()), dimension, largest)
+    return Inputs(observed.tokens, len(norms), int((norms == 0).sum()), dimension, largest)

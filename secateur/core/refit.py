@@ -1,10 +1,11 @@
 """Least squares under a mask that stays as it is: the refiner behind SparseLLM's rounds.
 
 Every row of W has its own support, so its exact fit is a linear system of its own (R Cholesky factorisations of up to
-C³ / 3). Conjugate gradients solve all rows at once with products by H alone; in channel-normalised units, where H has a
-unit diagonal (Jacobi preconditioning), a handful of them is enough.
+C³ / 3). Conjugate gradients solve many rows at once with products by H alone; in channel-normalised units, where H has
+a unit diagonal (Jacobi preconditioning), a handful of them is enough.
 
-R = out_features, C = in_features. Masks are bool, True = kept. Cost: iterations * 2 R C²; memory C² + 4 R C floats.
+R = out_features, C = in_features. Masks are bool, True = kept. Cost: iterations * 2 R C²; memory C² + R C floats, and
+six times the slice of W that is worked on.
 """
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from secateur.core.linalg import channel_norms
 
 ITERATIONS = 10
+SLICE = 1 << 22
+"""Weights of the rows that are fitted at one time (16 MB in float32); rows are independent of each other."""
 
 
 def masked_fit(
@@ -30,8 +33,16 @@ def masked_fit(
     norms = channel_norms(H)
     G = H / torch.outer(norms, norms)
     G.diagonal().add_(damp)
-    kept = mask.to(W0.dtype)
-    W0 = W0 * norms
+    fitted, rows = torch.empty_like(W0), max(1, SLICE // W0.shape[1])
+    for out, W, kept in zip(fitted.split(rows), W0.split(rows), mask.split(rows), strict=True):
+        torch.div(_normalised_fit(W * norms, G, kept.to(W.dtype), iterations), norms, out=out)
+    return fitted
+
+
+def _normalised_fit(
+    W0: Float[Tensor, "R C"], G: Float[Tensor, "C C"], kept: Float[Tensor, "R C"], iterations: int
+) -> Float[Tensor, "R C"]:
+    """The same where H has a unit diagonal and holds the ridge already."""
     W = W0 * kept
     residual = (W0 - W) @ G * kept
     direction, old = residual, residual.square().sum(dim=1, keepdim=True)
@@ -43,4 +54,4 @@ def masked_fit(
         new = residual.square().sum(dim=1, keepdim=True)
         direction = torch.addcmul(residual, new / old.clamp_min(torch.finfo(W.dtype).tiny), direction)
         old = new
-    return W / norms
+    return W

@@ -1,10 +1,9 @@
 """SparseLLM (arXiv:2402.17946): prune the matrices of a feed-forward network jointly, not one by one.
 
-Two modes. ``paper`` is the published procedure in streaming form: iteration 0 is the inner solver on every linear, then
-T - 1 rounds refit and re-prune the FFN's matrices on auxiliary variables; the last iterate is kept. ``closed`` closes
-the loop that the paper leaves open: the down projection is fitted to the activation that the pruned network really
-produces, rounds start from realised activations, and the best iterate by true error on held-out tokens is kept, with
-iteration 0 always a candidate.
+Two modes. ``paper`` is the published procedure (``core.sparsellm_paper``). ``closed``, in this file, closes the loop
+that the paper leaves open: the down projection is fitted to the activation that the pruned network really produces,
+rounds start from realised activations, and the best iterate by true error on held-out tokens is kept, with iteration 0
+always a candidate.
 
 Everything that is needed of the tokens are Gram and cross-Gram matrices and one D x D solve per round; no
 pseudo-inverse, no K x K inverse, and memory does not grow with the tokens but for X, Y and (paper mode) z and s,
@@ -24,23 +23,17 @@ from torch import Tensor
 from secateur.core.feedforward import (
     ActivationStep,
     Affine,
-    Auxiliary,
     FeedForward,
     Penalties,
     activated,
     anchored_step,
-    chunk_objective,
-    gradient_step,
-    newton_step,
     pre_activations,
-    stacked,
-    update_auxiliary,
 )
-from secateur.core.linalg import channel_norms, fit
-from secateur.core.moments import Combine, CrossMoments, Gram, Totals, alone
+from secateur.core.linalg import channel_norms, fit, fit_change
+from secateur.core.moments import Combine, CrossMoments, Gram, Inputs, Observed, Totals, alone, inputs_of
 from secateur.core.pattern import Pattern, Stacked, keep_mask
 from secateur.core.refit import masked_fit
-from secateur.core.solver import LayerSolver, Needs
+from secateur.core.solver import LayerSolver, Needs, relative_error
 from secateur.core.solvers import ADMM, Solver
 
 Tokens = Sequence[tuple[Float[Tensor, "_ D"], Float[Tensor, "_ D"]]]
@@ -105,15 +98,22 @@ class Round(NamedTuple):
     chosen: bool
 
 
+class Fitted(NamedTuple):
+    """What the record of a down projection says; its H, as wide as the FFN, is not kept for every iterate."""
+
+    error: float
+    """Relative error of the pruned matrix against the dense one on its inputs."""
+    inputs: Inputs
+
+
 class Refined(NamedTuple):
     """A pruned FFN, every iterate on the way, and the notes of the solver."""
 
     ffn: FeedForward
     rounds: tuple[Round, ...]
-    first_gram: Gram
+    first_inputs: Observed
     """Of the inputs that the first matrices were pruned for."""
-    down_gram: Gram
-    """The same of the down projection."""
+    down: "Fitted"
     note: str = ""
 
 
@@ -144,16 +144,13 @@ def output_error(ffn: FeedForward, tokens: Iterable[tuple[Tensor, Tensor]], comb
     return lost / total if total > 0 else 0.0
 
 
-def input_gram(ffn: FeedForward, tokens: Tokens, combine: Combine = alone) -> Gram:
+def first_inputs(ffn: FeedForward, tokens: Tokens, combine: Combine = alone) -> Observed:
     W = ffn.up.W
     gram = Gram.zeros(W.shape[1], W.device, W.dtype)
     for X, _ in tokens:
         gram.update(X)
     combine(gram)
-    return gram
-
-
-# --------------------------------------------------------------------------------------------------------- closed mode
+    return gram.observed()
 
 
 COUPLING = 0.1
@@ -170,7 +167,7 @@ class Iterate(NamedTuple):
     """A pruned FFN on its way."""
 
     ffn: FeedForward
-    down_gram: Gram
+    down: Fitted
     error: float
     """True relative error on the held-out tokens."""
     note: str
@@ -192,38 +189,55 @@ def closed_feedforward(
     """
 
     def closed(ffn: FeedForward, note: str) -> Iterate:
-        ffn, down_gram, down_note = solve_down(ffn, dense.down.W, train, patterns, options, solver, combine)
-        return Iterate(ffn, down_gram, output_error(ffn, held, combine), note or down_note)
+        ffn, down, down_note = solve_down(ffn, dense.down.W, train, patterns, options, solver, combine)
+        return Iterate(ffn, down, output_error(ffn, held, combine), note or down_note)
 
-    inputs = input_gram(dense, train, combine)
-    H = inputs.mean()
-    first = solver.solve(first_weights(dense), H, patterns.first)
+    inputs = first_inputs(dense, train, combine)
+    first = solver.solve(first_weights(dense), inputs.H, patterns.first)
     best = closed(with_first(dense, first.W), first.note)
     rounds = [Round(0, None, best.error, True)]
     for t in range(1, options.iterations):
-        direction, objective = pull(best.ffn, H, train, options, combine)
-        trials = [closed(moved(best.ffn, STEPS[0] * direction, H, patterns, options), best.note)]
-        step = STEPS[1] if trials[0].error < best.error else STEPS[2]
-        trials.append(closed(moved(best.ffn, step * direction, H, patterns, options), best.note))
-        trial = min(trials, key=lambda iterate: iterate.error)
-        better = trial.error < best.error
-        rounds.append(Round(t, objective, trial.error, better))
-        if not better:
+        direction, objective = pull(best.ffn, inputs.H, train, options, combine)
+        winner, errors = best, []
+        for _ in range(2):
+            target = moved(best.ffn, direction, next_step(best.error, errors), inputs.H, patterns, options)
+            winner, error = better_of(winner, closed(target, best.note))
+            errors.append(error)
+        rounds.append(Round(t, objective, min(errors), winner is not best))
+        if winner is best:
             break
         rounds[t - 1] = rounds[t - 1]._replace(chosen=False)
-        best = trial
-    return Refined(best.ffn, tuple(rounds), inputs, best.down_gram, best.note)
+        best = winner
+    return Refined(best.ffn, tuple(rounds), inputs, best.down, best.note)
+
+
+def better_of(best: Iterate, trial: Iterate) -> tuple[Iterate, float]:
+    """The one with the lower error, and the error of the second: of a wide FFN a loser is not to be kept."""
+    return (trial if trial.error < best.error else best), trial.error
+
+
+def next_step(start: float, errors: Sequence[float]) -> float:
+    """The over-relaxation to try after those that led from error ``start`` to these."""
+    if not errors:
+        return STEPS[0]
+    return STEPS[1] if errors[-1] < start else STEPS[2]
 
 
 def moved(
-    ffn: FeedForward, change: Float[Tensor, "R D"], H: Float[Tensor, "D D"], patterns: Patterns, options: SparseLLM
+    ffn: FeedForward,
+    direction: Float[Tensor, "R D"],
+    step: float,
+    H: Float[Tensor, "D D"],
+    patterns: Patterns,
+    options: SparseLLM,
 ) -> FeedForward:
-    """The first matrices as close to W + change as their pattern allows: largest entries in normalised units, refitted.
+    """The first matrices as close to W + step * direction as their pattern allows: largest entries in normalised units,
+    refitted.
 
     A pruned weight comes back where the change makes it larger than a kept one.
     """
-    target = first_weights(ffn) + change
-    mask = keep_mask((target * channel_norms(H)).abs(), patterns.first)
+    target = torch.add(first_weights(ffn), direction, alpha=step)
+    mask = keep_mask((target * channel_norms(H)).abs_(), patterns.first)
     return with_first(ffn, masked_fit(target, H, mask, options.fit_damp))
 
 
@@ -235,12 +249,12 @@ def pull(
     Anchored on the realised pre-activations, so that nothing has to be carried from round to round. Also the
     objective F per token after that step.
     """
-    W = first_weights(ffn)
+    R, D = first_weights(ffn).shape
     unit = COUPLING * float(ffn.down.W.square().sum(dim=1).mean())
     penalties = Penalties(options.alpha * unit, options.beta, options.gamma * unit)
     step = ActivationStep(ffn.down.W, penalties)
-    change = CrossMoments.zeros(W.shape[0], W.shape[1], W.device, W.dtype)
-    objective = Totals.zeros(1, W.device)
+    change = CrossMoments.zeros(R, D, H.device, H.dtype)
+    objective = Totals.zeros(1, H.device)
     for X, Y in tokens:
         realised = pre_activations(ffn, X)
         wanted = step.change(activated(ffn, realised), ffn.down.without_bias(Y))
@@ -249,7 +263,7 @@ def pull(
         objective.sum += cost + penalties.beta * float(wanted.left.square().sum())
     combine(change)
     combine(objective)
-    return fit(torch.zeros_like(W), H, change.mean(), options.fit_damp), float(objective.sum) / change.tokens
+    return fit_change(change.mean(), H, options.fit_damp), float(objective.sum) / change.tokens
 
 
 def solve_down(
@@ -260,8 +274,21 @@ def solve_down(
     options: SparseLLM,
     solver: LayerSolver,
     combine: Combine = alone,
-) -> tuple[FeedForward, Gram, str]:
+) -> tuple[FeedForward, Fitted, str]:
     """The down projection fitted to the targets on the activations that ``ffn`` really produces, then pruned."""
+    target, inputs = fitted_down(ffn, W0, tokens, options.fit_damp, combine)
+    pruned = solver.solve(target, inputs.H, patterns.down)
+    return with_down(ffn, pruned.W), fitted(W0, pruned.W, inputs), pruned.note
+
+
+def fitted(W0: Float[Tensor, "D K"], W: Float[Tensor, "D K"], inputs: Observed) -> Fitted:
+    return Fitted(relative_error(W0, W, inputs.H), inputs_of(inputs))
+
+
+def fitted_down(
+    ffn: FeedForward, W0: Float[Tensor, "D K"], tokens: Tokens, damp: float, combine: Combine
+) -> tuple[Float[Tensor, "D K"], Observed]:
+    """The same before it is pruned, and the activations."""
     D, K = W0.shape
     gram, residual = Gram.zeros(K, W0.device, W0.dtype), CrossMoments.zeros(D, K, W0.device, W0.dtype)
     reference = Affine(W0, ffn.down.b)
@@ -271,87 +298,6 @@ def solve_down(
         residual.update(Y - reference(a), a)
     combine(gram)
     combine(residual)
-    H = gram.mean()
-    pruned = solver.solve(fit(W0, H, residual.mean(), options.fit_damp), H, patterns.down)
-    return with_down(ffn, pruned.W), gram, pruned.note
-
-
-# ---------------------------------------------------------------------------------------------------------- paper mode
-
-
-GATE_STEPS = {"gauss-newton": newton_step, "gradient": gradient_step}
-PAPER_DAMP = 0.01
-"""Ridge in place of the published pseudo-inverse, which inverts rounding noise; the published damping of H."""
-
-
-class FitSums(NamedTuple):
-    """What the next least-squares fits need of all tokens."""
-
-    first: Float[Tensor, "R D"]
-    """Residual cross moments of the first matrices, gate over up: (target - X W0ᵀ)ᵀ X / tokens."""
-    down: Float[Tensor, "D K"]
-    down_gram: Gram
-    objective: float
-    """F per token."""
-
-
-def paper_feedforward(
-    dense: FeedForward,
-    pruned: FeedForward,
-    tokens: Tokens,
-    patterns: Patterns,
-    options: SparseLLM,
-    solver: LayerSolver,
-    combine: Combine = alone,
-) -> Refined:
-    """The published rounds, from iteration 0's ``pruned`` FFN (the solver on every matrix alone) to the last iterate.
-
-    z and s start from the dense network and are carried from round to round, as is H of the first matrices.
-    ``combine`` as in closed mode.
-    """
-    inputs = input_gram(dense, tokens, combine)
-    H = inputs.mean()
-    carried = [pre_activations(dense, X) for X, _ in tokens]
-    ffn, note, down_gram = pruned, "", Gram.zeros(dense.down.W.shape[1])
-    rounds = [Round(0, None, output_error(pruned, tokens, combine), options.iterations == 1)]
-    for t in range(1, options.iterations):
-        carried, sums = update_tokens(dense, ffn, tokens, carried, options, combine)
-        down_gram = sums.down_gram
-        G = down_gram.mean()
-        first = solver.solve(fit(first_weights(dense), H, sums.first, PAPER_DAMP), H, patterns.first)
-        down = solver.solve(fit(dense.down.W, G, sums.down, PAPER_DAMP), G, patterns.down)
-        ffn, note = with_down(with_first(ffn, first.W), down.W), first.note or down.note
-        last = t == options.iterations - 1
-        rounds.append(Round(t, sums.objective, output_error(ffn, tokens, combine), last))
-    return Refined(ffn, tuple(rounds), inputs, down_gram, note)
-
-
-def update_tokens(
-    dense: FeedForward,
-    ffn: FeedForward,
-    tokens: Tokens,
-    carried: list[Auxiliary],
-    options: SparseLLM,
-    combine: Combine = alone,
-) -> tuple[list[Auxiliary], FitSums]:
-    """One pass over the tokens: p, then z, then s of every chunk, and the moments of the fits that follow."""
-    D, K = dense.down.W.shape
-    W0, device, dtype = first_weights(dense), dense.down.W.device, dense.down.W.dtype
-    step = ActivationStep(ffn.down.W, options.penalties)
-    gate_step = GATE_STEPS[options.gate_step]
-    gram, down = Gram.zeros(K, device, dtype), CrossMoments.zeros(D, K, device, dtype)
-    first = CrossMoments.zeros(W0.shape[0], W0.shape[1], device, dtype)
-    updated: list[Auxiliary] = []
-    objective = Totals.zeros(1, device)
-    for (X, Y), old in zip(tokens, carried, strict=True):
-        realised, Y = pre_activations(ffn, X), ffn.down.without_bias(Y)
-        p = step(activated(ffn, old), Y)
-        new = update_auxiliary(ffn, realised, p, old, options.penalties, gate_step, SLICE)
-        updated.append(new)
-        gram.update(p)
-        down.update(Y - p @ dense.down.W.T, p)
-        first.update(stacked(new) - stacked(pre_activations(dense, X)), X)
-        objective.sum += chunk_objective(ffn, realised, Y, p, new, options.penalties)
-    for moments in (gram, down, first, objective):
-        combine(moments)
-    return updated, FitSums(first.mean(), down.mean(), gram, float(objective.sum) / gram.tokens)
+    inputs = gram.observed()
+    del gram  # as large as H
+    return fit(W0, inputs.H, residual.mean(), damp), inputs

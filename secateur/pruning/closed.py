@@ -59,8 +59,8 @@ def attention_inputs(work: Work, options: SparseLLM) -> tuple[Hidden, Hidden]:
             work.combine(gram)
     solver = Precise(options.inner, work)
     for g, gram in grams.items():
-        W, pattern = work.stacked(g)
-        work.solved(g, W, solver.solve(W, gram.mean(), pattern), gram)
+        (W, pattern), observed = work.stacked(g), gram.observed()
+        work.solved(g, W, solver.solve(W, observed.H, pattern), observed)
     return outputs, attended
 
 
@@ -96,9 +96,9 @@ def attention_output(work: Work, attended: Hidden, options: SparseLLM) -> None:
                 work.run(rows)
         work.combine(gram)
         work.combine(residual)
-    H = gram.mean()
-    pruned = Precise(options.inner, work).solve(fit(W0, H, residual.mean(), options.fit_damp), H, pattern)
-    work.solved((out,), W0, pruned, gram)
+    observed = gram.observed()
+    target = fit(W0, observed.H, residual.mean(), options.fit_damp)
+    work.solved((out,), W0, Precise(options.inner, work).solve(target, observed.H, pattern), observed)
 
 
 def ffn_tokens(work: Work, outputs: Hidden, options: SparseLLM) -> tuple[Hidden, Hidden]:

@@ -23,6 +23,7 @@ from secateur.pruning.cost import (
     gram,
     layerwise_stages,
     low_rank,
+    measured_error,
     product,
     propagate,
     sample,
@@ -98,7 +99,8 @@ def closed_ffn(first: Shared, down: Shared, options: SparseLLM, run: Run) -> tup
     once = gram(first.columns, run.fitted) + solve_down(first, down, run)
     trial = masked_fit(first.rows, first.columns) + solve_down(first, down, run)
     work = once + (pull(first, down, run) + trial.times(2)).times(rounds)
-    return work, solve(options.inner, first) + solve(options.inner, down, 1 + 2 * rounds)
+    measured = measured_error(options.inner, down.rows, down.columns).times(2 * rounds)  # of each candidate
+    return work, solve(options.inner, first) + solve(options.inner, down, 1 + 2 * rounds) + measured
 
 
 def fits(routed: Routed, run: Run) -> bool:

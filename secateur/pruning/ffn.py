@@ -103,6 +103,6 @@ def write_ffn(work: Work, form: FeedForwardForm, dense: FeedForward, refined: Re
     for name in first_linears(form):
         parts = sorted((row for row in halves if row[0].linear == name), key=lambda row: row[0].start)
         before, after = torch.cat([W0 for _, W0, _ in parts]), same(torch.cat([W for _, _, W in parts]))
-        work.solved((name,), before, Pruned(after, after != 0, refined.note), refined.first_gram)
-    after = same(ffn.down.W)
-    work.solved((form.down,), dense.down.W, Pruned(after, after != 0, refined.note), refined.down_gram)
+        work.solved((name,), before, Pruned(after, after != 0, refined.note), refined.first_inputs)
+    written = work.write(form.down, same(ffn.down.W))
+    work.record(form.down, written, refined.note, refined.down.error, refined.down.inputs)

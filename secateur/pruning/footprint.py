@@ -18,10 +18,15 @@ from secateur.pruning.work import PROBE_TOKENS
 
 COPIES = {"layerwise": 2, "paper": 3, "closed": 4}
 """Tensors of T x D that wait in host memory at one time."""
-FFN_COPIES = 3
-"""Of an FFN's matrices in float32 while SparseLLM works on it: dense, best so far, candidate."""
-SOLVE_FLOATS: dict[type[Solver], tuple[int, int]] = {Magnitude: (0, 4), Wanda: (0, 5), SparseGPT: (3, 5), ADMM: (4, 8)}
-"""(C x C, R x C) float32 matrices inside a solve, its argument W and the result's copies included."""
+FFN_COPIES = {"closed": 4, "paper": 3}
+"""Of an FFN's matrices in float32 while SparseLLM works on it: dense, best so far, candidate; closed mode has two."""
+SOLVE_FLOATS: dict[type[Solver], tuple[tuple[int, int], ...]] = {
+    Magnitude: ((0, 4),),
+    Wanda: ((0, 5),),
+    SparseGPT: ((3, 5),),
+    ADMM: ((3, 4), (1, 7)),
+}
+"""(C x C, R x C) float32 matrices inside a solve at each of its stages, its argument W and the result included."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def footprint(shape: BlockShape, method: Solver | SparseLLM, run: Run, itemsize:
         carried=2 * FLOAT32 * run.tokens * shape.first.rows if carries and shape.first else 0.0,
         block=shape.size * itemsize,
         dense=shape.size * itemsize if low_rank else 0.0,
-        copies=FFN_COPIES * FLOAT32 * ffn if rounds else 0.0,
+        copies=FFN_COPIES[mode] * FLOAT32 * ffn if rounds else 0.0,
         moments=moments(shape, solver, mode),
         solve=max((solve_bytes(solver, group) for group in shape.matrices if group.planned), default=0.0),
         chunk=chunk_bytes(shape, run, mode),
@@ -104,14 +109,12 @@ def moments(shape: BlockShape, solver: Solver, mode: str) -> float:
         return FLOAT32 * sizes[solver.needs]
     if not ffns(shape):
         return FLOAT32 * sum(C * C for C in planned)
-    return FLOAT32 * max(
-        first.columns**2 + 2 * down.columns**2 + 2 * down.size + 2 * first.size for first, down in ffns(shape)
-    )
+    return FLOAT32 * max(first.columns**2 + down.columns**2 + down.size + first.size for first, down in ffns(shape))
 
 
 def solve_bytes(solver: Solver, group: Shared) -> float:
-    squares, matrices = SOLVE_FLOATS[type(solver)]
-    return FLOAT32 * (squares * group.columns**2 + matrices * group.planned * group.columns)
+    R, C = group.planned, group.columns
+    return FLOAT32 * max(squares * C**2 + matrices * R * C for squares, matrices in SOLVE_FLOATS[type(solver)])
 
 
 def chunk_bytes(shape: BlockShape, run: Run, mode: str) -> float:

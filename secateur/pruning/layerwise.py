@@ -30,10 +30,11 @@ def solve_groups(work: Work, groups: Iterable[Linears], sums: Sums, notes: dict[
     """Prune each group on the mean moments of its input, and write what comes out."""
     for linears in groups:
         W, pattern = work.stacked(linears)
-        H = sums[linears].mean() if linears in sums else None
-        pruned = Precise(solver, work).solve(W, torch.ones(W.shape[1], device=W.device) if H is None else H, pattern)
+        observed = sums[linears].observed() if linears in sums else None
+        H = observed.H if observed else torch.ones(W.shape[1], device=W.device)
+        pruned = Precise(solver, work).solve(W, H, pattern)
         note = "; ".join(filter(None, (notes.get(linears, ""), pruned.note)))
-        work.solved(linears, W, pruned._replace(note=note), sums.get(linears))
+        work.solved(linears, W, pruned._replace(note=note), observed)
 
 
 def planned_groups(work: Work) -> list[Linears]:

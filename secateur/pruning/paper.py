@@ -8,7 +8,8 @@ the block. With ``iterations=1`` this is the inner solver, bit for bit.
 from torch import nn
 
 from secateur.core.feedforward import FeedForward
-from secateur.core.sparsellm import Refined, SparseLLM, paper_feedforward
+from secateur.core.sparsellm import Refined, SparseLLM
+from secateur.core.sparsellm_paper import paper_feedforward
 from secateur.models.layout import FeedForwardForm
 from secateur.pruning.experts import Tokens, collector, even, expert_forms, linears_of, rounds_of, too_few
 from secateur.pruning.ffn import HostTokens, dense_targets, ffn_patterns, ffn_view, write_ffn

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from secateur.core.moments import ColumnNorms, Gram, Moments, inputs_of
+from secateur.core.moments import Inputs, Moments, Observed, inputs_of
 from secateur.core.pattern import Pattern, Stacked, by_rows
 from secateur.core.plan import Target
 from secateur.core.solver import LayerSolver, Needs, Pruned, relative_error
@@ -185,27 +185,30 @@ class Work:
         with products(self.options.precision), self.stage(name), torch.no_grad():
             yield
 
-    def solved(
-        self, linears: tuple[str, ...], before: Tensor, after: Pruned, moments: Gram | ColumnNorms | None
-    ) -> None:
+    def solved(self, linears: tuple[str, ...], before: Tensor, after: Pruned, observed: Observed | None) -> None:
         """Write stacked solved weights back into their linears and keep a record of each."""
-        H, inputs = (moments.mean(), inputs_of(moments)) if moments else (None, None)
+        inputs = inputs_of(observed) if observed else None
         sizes = [self.targets[name].shape[0] for name in linears]
         for name, W0, W in zip(linears, before.split(sizes), after.W.split(sizes), strict=True):
-            linear = self.linear(name)
-            self.adapter.write(linear, W)
-            written = self.adapter.read(linear)
-            target = self.targets[name]
-            full_name = f"{self.adapter.block_names[self.index]}.{name}"
-            self.records[full_name] = LinearRecord(
-                name=full_name,
-                shape=target.shape,
-                pattern=str(target.pattern),
-                sparsity=float((written == 0).double().mean()),
-                relative_error=None if H is None else relative_error(W0, written, H),
-                note=after.note,
-                inputs=inputs,
-            )
+            written = self.write(name, W)
+            error = relative_error(W0, written, observed.H) if observed else None
+            self.record(name, written, after.note, error, inputs)
+
+    def write(self, name: str, W: Float[Tensor, "R C"]) -> Float[Tensor, "R C"]:
+        """Weights into their linear; what it holds then, rounded to its dtype."""
+        linear = self.linear(name)
+        self.adapter.write(linear, W)
+        return self.adapter.read(linear)
+
+    def record(
+        self, name: str, written: Float[Tensor, "R C"], note: str, error: float | None, inputs: Inputs | None
+    ) -> None:
+        """A linear that is solved, as the report shows it."""
+        target, full_name = self.targets[name], f"{self.adapter.block_names[self.index]}.{name}"
+        sparsity = float(torch.count_nonzero(written == 0)) / written.numel()
+        self.records[full_name] = LinearRecord(
+            full_name, target.shape, str(target.pattern), sparsity, error, note=note, inputs=inputs
+        )
 
     def add_note(self, linears: Iterable[str], note: str) -> None:
         """One more thing that a reader of these linears' records must know."""

@@ -64,7 +64,7 @@ def test_what_moments_tell_of_their_inputs():
     gram, norms = Gram.zeros(6, dtype=torch.float64), ColumnNorms.zeros(6, dtype=torch.float64)
     gram.update(X)
     norms.update(X)
-    told, of_norms = inputs_of(gram), inputs_of(norms)
+    told, of_norms = inputs_of(gram.observed()), inputs_of(norms.observed())
     assert (told.tokens, told.columns, told.dead) == (40, 6, 1)
     assert told.dimension == pytest.approx(1, abs=0.01), "one column carries nearly all of the energy"
     assert told.largest == pytest.approx(float(X.square().sum(0).max() / X.square().sum(0).median()))
@@ -73,9 +73,9 @@ def test_what_moments_tell_of_their_inputs():
 
 def test_the_dimension_is_that_of_equal_directions():
     gram = Gram(torch.diag(torch.tensor([3.0, 3, 3, 0, 0, 0])), 3)
-    assert inputs_of(gram).dimension == pytest.approx(3)
-    assert inputs_of(gram).largest is None
-    assert inputs_of(Gram.zeros(4)).dimension is None
+    assert inputs_of(gram.observed()).dimension == pytest.approx(3)
+    assert inputs_of(gram.observed()).largest is None
+    assert inputs_of(Gram.zeros(4).observed()).dimension is None
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -11,13 +11,13 @@ from secateur.core.sparsellm import (
     Patterns,
     SparseLLM,
     closed_feedforward,
+    first_inputs,
     first_weights,
-    input_gram,
     output_error,
-    paper_feedforward,
     with_down,
     with_first,
 )
+from secateur.core.sparsellm_paper import paper_feedforward
 
 D, K = 12, 32
 
@@ -51,7 +51,7 @@ def start(dense, chunks, solver, sparsity=0.6):
     """Iteration 0 of the paper: the solver on every matrix, on the dense network's inputs."""
     p = patterns(sparsity, dense.gate is not None)
     hidden = torch.cat([dense.hidden(x) for x, _ in chunks])
-    first = solver.solve(first_weights(dense), input_gram(dense, chunks).mean(), p.first)
+    first = solver.solve(first_weights(dense), first_inputs(dense, chunks).H, p.first)
     down = solver.solve(dense.down.W, hidden.T @ hidden / len(hidden), p.down)
     return with_down(with_first(dense, first.W), down.W)
 
