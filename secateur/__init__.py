@@ -12,11 +12,12 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from secateur.api import evaluate, load_pruned, prune, train
+    from secateur.api import evaluate, load_pruned, prune, quantize, train
     from secateur.config import PruneConfig
     from secateur.export.directory import load_packed
     from secateur.exports import export_to, unpack
     from secateur.planning import PlanReport, plan
+    from secateur.quantize_config import QuantizeConfig
     from secateur.train_config import TrainConfig
 
     __version__: str
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PlanReport",
     "PruneConfig",
+    "QuantizeConfig",
     "TrainConfig",
     "__version__",
     "evaluate",
@@ -32,6 +34,7 @@ __all__ = [
     "load_pruned",
     "plan",
     "prune",
+    "quantize",
     "train",
     "unpack",
 ]
@@ -39,6 +42,7 @@ __all__ = [
 _HOMES = {
     "PruneConfig": "secateur.config",
     "PlanReport": "secateur.planning",
+    "QuantizeConfig": "secateur.quantize_config",
     "TrainConfig": "secateur.train_config",
     "evaluate": "secateur.api",
     "export_to": "secateur.exports",
@@ -46,6 +50,7 @@ _HOMES = {
     "load_pruned": "secateur.api",
     "plan": "secateur.planning",
     "prune": "secateur.api",
+    "quantize": "secateur.api",
     "train": "secateur.api",
     "unpack": "secateur.exports",
 }

@@ -1,4 +1,4 @@
-"""Secateur from Python: ``prune``, ``train`` and ``evaluate``, the verbs that the command line is a thin skin of.
+"""Secateur from Python: ``prune``, ``train``, ``quantize`` and ``evaluate``, the verbs that the command line is a thin skin of.
 
     result = prune("HuggingFaceTB/SmolLM2-135M-Instruct", PruneConfig(sparsity=0.5), data="c4", out="smaller")
     result.model, result.records, result.report
@@ -18,6 +18,7 @@ import torch
 
 from secateur.config import Device, Dtype, PruneConfig
 from secateur.data.sources import Texts, read_texts
+from secateur.errors import UsageError
 from secateur.evaluation.perplexity import PerplexityResult, evaluate_text
 from secateur.models.load import Loaded, load
 from secateur.models.offload import is_offloaded
@@ -32,6 +33,8 @@ from secateur.runs import PruneResult, Run, open_model, resolve_device
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from secateur.quantize_config import QuantizeConfig
+    from secateur.quantize_runs import QuantizeResult
     from secateur.runs import Source
     from secateur.train_config import TrainConfig
     from secateur.train_runs import TrainResult
@@ -112,6 +115,36 @@ def train(
     return run.into(place, resume)
 
 
+# ---- quantization
+
+
+def quantize(
+    model: "Source",
+    config: "QuantizeConfig",
+    *,
+    out: str | os.PathLike[str],
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> "QuantizeResult":
+    """Quantize a model, given by its source or as an object (then with its tokenizer), which is changed in place.
+
+    ``out`` is a directory that does not exist yet or that an earlier run wrote; it is in the compressed-tensors form.
+    ``resume`` goes on with a run to it that was stopped. Needs the extra ``quantize``, and one process.
+    """
+    from secateur.quantize_runs import QuantizeRun
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("quantize runs in one process; start it without torchrun")
+    place = Path(os.path.abspath(Path(out).expanduser()))
+    refuse_occupied(place, overwrite=True)
+    run = QuantizeRun.prepare(model, tokenizer, config, Stopwatch(progress))
+    if resume and (report := finished_report(place / "secateur", run.identity)) is not None:
+        run.watch.progress.stage(f"{place} is complete: nothing was left to do")
+        return run.reopened(place, report)
+    return run.into(place, resume)
+
+
 # ---- evaluation
 
 
@@ -134,7 +167,7 @@ def evaluate(
     texts = [read_texts(name, "evaluation") for name in ([data] if isinstance(data, str) else data)]
 
     def measure(which: "Source") -> list[PerplexityResult]:
-        loaded = open_model(which, tokenizer, dtype, watch)
+        loaded = open_model(which, tokenizer, dtype, watch, codes=True)
         home = loaded.model.device
         movable = not is_offloaded(loaded.model)
         if movable:

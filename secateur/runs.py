@@ -6,10 +6,10 @@ beside it (``pruning.workdir``), and whoever kills the run loses at most one blo
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
@@ -33,6 +33,7 @@ from secateur.pruning.records import LinearRecord
 from secateur.pruning.selection import Selection, select
 from secateur.pruning.work import PROBE_TOKENS
 from secateur.pruning.workdir import Workdir, opened
+from secateur.quantize_config import QuantizeConfig
 from secateur.report.artefact import promises_of, write_artefact, write_report
 from secateur.report.facts import Stopwatch, versions
 from secateur.train_config import TrainConfig
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     Source = str | os.PathLike[str] | PreTrainedModel | Loaded
     """A model: by name or path, as an object, or as ``models.load`` gives it."""
 
+Config = TypeVar("Config", PruneConfig, QuantizeConfig)
 BUILT_IN = ("demo", "embedded")
 """Names that mean the same everywhere, whatever lies in the working directory."""
 MACHINE = ("offload", "hidden_memory")
@@ -92,7 +94,7 @@ class Run:
         refuse_branches(attached(loaded.model), loaded.source)
         if config.low_rank and is_offloaded(loaded.model):
             raise UsageError("low_rank wants its blocks in memory, and these stay on disk; use --offload off")
-        windows = _windows(loaded, texts, config)
+        windows = windows_of(loaded, texts, config)
         if ranks.size > len(windows) and config.needs_text:
             raise UsageError(f"{ranks.size} processes for {len(windows)} samples; start fewer, or use more samples")
         adapter = DecoderAdapter(loaded.model)
@@ -196,10 +198,10 @@ class Run:
         return report | {"out": None, "processes": self.ranks.size} | self.watch.spent()
 
 
-def checked(folder: Path, watch: Stopwatch) -> Inspection:
-    """What was saved, opened again; ArtefactError where it breaks a promise."""
+def checked(folder: Path, watch: Stopwatch, tensors: Mapping[str, torch.Tensor] | None = None) -> Inspection:
+    """What was saved, opened again; ArtefactError where it breaks a promise. ``tensors`` as ``inspect`` has them."""
     with watch.stage("inspect", "check what was saved"):
-        found = inspect(folder)
+        found = inspect(folder, tensors=tensors)
     if found.broken:
         raise ArtefactError(f"the saved model breaks {len(found.broken)} promises, the first: {found.broken[0]}")
     return found
@@ -216,32 +218,34 @@ def open_model(
     dtype: Dtype,
     watch: Stopwatch,
     offload: Literal["auto", "on", "off"] = "off",
+    codes: bool = False,
 ) -> Loaded:
     if isinstance(model, Loaded):
         return model
     if isinstance(model, str | os.PathLike):
         with watch.stage("load", f"load {os.fspath(model)}"):
-            return load(os.fspath(model), dtype=dtype, offload=offload)
+            return load(os.fspath(model), dtype=dtype, offload=offload, codes=codes)
     if tokenizer is None:
         raise UsageError("a model given as an object needs its tokenizer; pass tokenizer=...")
     model.requires_grad_(False).eval()
     return Loaded(model, tokenizer, model.name_or_path or type(model).__name__, fingerprint(model))
 
 
-def _windows(loaded: Loaded, texts: Texts, config: PruneConfig) -> torch.Tensor:
+def windows_of(loaded: Loaded, texts: Texts, config: PruneConfig | QuantizeConfig) -> torch.Tensor:
+    """The calibration: ``samples`` windows of ``seq_len`` tokens of the text."""
     check_seq_len(config.seq_len, getattr(loaded.model.config, "max_position_embeddings", None))
     tokens = tokenize(texts, loaded.tokenizer)
     return sample_windows(tokens, config.samples, config.seq_len, torch.Generator().manual_seed(config.seed))
 
 
-def with_text_needed(config: PruneConfig) -> PruneConfig:
+def with_text_needed(config: Config) -> Config:
     """A method that looks at weights alone gets a few tokens of the embedded text, on which structure is observed."""
     if config.needs_text:
         return config
     return replace(config, data="embedded", samples=1, seq_len=min(config.seq_len, PROBE_TOKENS))
 
 
-def select_linears(adapter: DecoderAdapter, config: PruneConfig | TrainConfig) -> Selection:
+def select_linears(adapter: DecoderAdapter, config: PruneConfig | TrainConfig | QuantizeConfig) -> Selection:
     """What the config plans of this model; UsageError where it does not fit."""
     blocks = config.block_range(len(adapter.blocks))
     try:

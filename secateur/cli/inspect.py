@@ -18,20 +18,26 @@ def command(directory: Path, baseline: str | None, as_json: bool) -> int:
     """Check the saved weights in DIR: sparsity, patterns, finiteness, tied weights.
 
     The exit code is 1 when a promise recorded in DIR is broken. A packed DIR is decoded, and every checksum
-    verified.
+    verified; of a quantized one the values of its codes are checked, and its bits are counted.
     """
-    from secateur.evaluation.inspect import inspect
+    from secateur.evaluation.inspect import Checkpoint, inspect
     from secateur.export.directory import is_packed, load_packed
     from secateur.models.load import load
     from secateur.models.stored import stored_state
+    from secateur.quantization.accounting import storage_of
+    from secateur.quantization.compressed import Dequantized, is_quantized
     from secateur.report.export_page import packed_lines
+    from secateur.report.quantize_page import quantized_lines
     from secateur.report.tables import inspect_tables
 
     reference = None
     if baseline is not None:
         reference = stored_state(load(baseline, dtype="auto").model)
     packed = load_packed(directory) if is_packed(directory) else None
-    found = inspect(directory, reference, packed)
-    told = {**found.to_dict(), "packed": packed is not None}
-    emit(as_json, told, *inspect_tables(found), *(packed_lines(found.path) if packed else []))
+    codes = Dequantized(directory, packed or Checkpoint(directory)) if is_quantized(directory) else None
+    found = inspect(directory, reference, packed if codes is None else codes)
+    storage = storage_of(codes, {row.name: row.zeros for row in found.rows}).to_dict() if codes else None
+    told = {**found.to_dict(), "packed": packed is not None, "quantized": storage}
+    lines = [*(packed_lines(found.path) if packed else []), *(quantized_lines(storage) if storage else [])]
+    emit(as_json, told, *inspect_tables(found), *lines)
     return BROKEN if found.broken else 0

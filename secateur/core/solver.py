@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from secateur.core.grid import Grid
 from secateur.core.pattern import Pattern, Stacked
 
 Needs = Literal["gram", "diag", "nothing"]
@@ -25,6 +26,8 @@ class Pruned(NamedTuple):
     mask: Bool[Tensor, "R C"]
     note: str = ""
     """What a reader of the report must know (damping raised, say); empty when all went as asked."""
+    grid: Grid | None = None
+    """Scales and zero points of weights that are quantized; W holds the values that their codes stand for."""
 
 
 @runtime_checkable

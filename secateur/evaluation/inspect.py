@@ -156,7 +156,7 @@ def inspect(
     """
     directory = Path(directory)
     checkpoint = Checkpoint(directory) if tensors is None else tensors
-    promises = _read_promises(directory)
+    promises = read_promises(directory)
     base = Checkpoint(Path(baseline)) if isinstance(baseline, str | Path) else baseline
     linears, tied = (promises.linears, promises.tied) if promises else ([], [])
     held: dict[str, list[Promise]] = defaultdict(list)
@@ -306,7 +306,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _read_promises(directory: Path) -> Promises | None:
+def read_promises(directory: Path) -> Promises | None:
+    """What a directory's weights are held to; None where nothing is."""
     path = directory / PROMISE
     if not path.is_file():
         return None

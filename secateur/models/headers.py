@@ -37,12 +37,15 @@ def shards(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def read_headers(files: list[Path]) -> Headers:
-    """All of them. ModelError for a file that is not what its header or the index says, or whose weights are codes."""
+def read_headers(files: list[Path], codes: bool = False) -> Headers:
+    """All of them. ModelError for a file that is not what its header or the index says, or whose weights are codes.
+
+    ``codes``: these are what is wanted.
+    """
     held = {path.name: _header(path) for path in files}
     headers = {name: entry for header in held.values() for name, entry in header.items()}
     for name, (shape, kind) in headers.items():
-        if name.endswith(".weight") and len(shape) > 1 and kind not in STORED:
+        if not codes and name.endswith(".weight") and len(shape) > 1 and kind not in STORED:
             raise ModelError(
                 f"{files[0].parent}: {name} is stored as {kind}, wanted one of {', '.join(STORED)}; prune the model "
                 "that was not quantized, or copy or download it again"

@@ -33,6 +33,7 @@ from transformers import (
 
 from secateur.errors import ModelError, UsageError
 from secateur.models.branches import FOLDER, attach, load_branches
+from secateur.models.codes import decompress, holds_codes, prepare
 from secateur.models.gguf_once import parsed_once
 from secateur.models.headers import SPARSE, read_headers, shards
 from secateur.models.hub import snapshot
@@ -80,12 +81,18 @@ class Place(NamedTuple):
 
 
 def load(
-    source: str, *, dtype: str = "auto", revision: str | None = None, offload: Literal["auto", "on", "off"] = "off"
+    source: str,
+    *,
+    dtype: str = "auto",
+    revision: str | None = None,
+    offload: Literal["auto", "on", "off"] = "off",
+    codes: bool = False,
 ) -> Loaded:
     """Load `source` in `dtype` ("auto" keeps the checkpoint's own); `revision` picks a commit of a hub model.
 
     `offload` leaves the blocks of a directory in their files (``models.offload``); "auto" where they exceed memory.
-    Low-rank branches in its ``low_rank/`` are attached, so that the function is the one that was saved.
+    Low-rank branches in its ``low_rank/`` are attached, so that the function is the one that was saved. ``codes`` admits
+    what ``secateur quantize`` wrote (``models.codes``), to be measured and not to be changed.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
@@ -93,7 +100,7 @@ def load(
     with quiet(), parsed_once():
         with in_one_line(source, place.advice):
             place = fetched(place)
-            model = _model(place, source, DTYPES[dtype], offload)
+            model = _model(place, source, DTYPES[dtype], offload, codes)
         with in_one_line(f"the tokenizer of {source}", place.advice):
             tokenizer = AutoTokenizer.from_pretrained(place.name, trust_remote_code=False, **place.options)
     forget_gguf(model)
@@ -215,7 +222,7 @@ def _refuse_incomplete(path: Path) -> None:
 
 
 def _model(
-    place: Place, source: str, dtype: str | torch.dtype, offload: Literal["auto", "on", "off"]
+    place: Place, source: str, dtype: str | torch.dtype, offload: Literal["auto", "on", "off"], codes: bool
 ) -> PreTrainedModel:
     more: dict[str, Any]
     folder, gguf = Path(place.name), "gguf_file" in place.options
@@ -223,8 +230,8 @@ def _model(
     if gguf:
         more = {"quantization_config": GgufConfig(gguf_file=place.options["gguf_file"], dequantize=True)}
     else:
-        config = read_config(place, source)
-        read_headers(shards(folder))  # refuses what transformers would read without a word
+        config = read_config(place, source, codes)
+        read_headers(shards(folder), codes)  # refuses what transformers would read without a word
         more = {"config": config}
         if lazy:
             return_freed_memory()
@@ -246,6 +253,7 @@ def _model(
         name, found, wanted = mismatched[0]
         shapes = f"{name} is {tuple(found)} in the file and {tuple(wanted)} by config.json"
         raise ModelError(f"{source}: weights and config do not fit, {shapes}; {place.advice}")
+    decompress(model)
     if lazy:
         check_stored(model, source, place.advice)
     return model
@@ -258,9 +266,12 @@ def _scratch() -> str:
     return folder
 
 
-def read_config(place: Place, source: str) -> PretrainedConfig:
+def read_config(place: Place, source: str, codes: bool = False) -> PretrainedConfig:
     """The checkpoint's config; ModelError where it describes codes and scales. A GGUF file is dequantized anyway."""
     config = AutoConfig.from_pretrained(place.name, trust_remote_code=False, **place.options)
+    if codes and holds_codes(config):
+        prepare(config, source)
+        return config
     if "gguf_file" not in place.options and getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"{source} is already quantized; prune the original 16 or 32 bit model, then quantize it")
     return config

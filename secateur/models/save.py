@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
@@ -29,13 +30,18 @@ PARTIAL, ASIDE = ".partial", ".old"
 """Suffixes beside OUT: what is being written, and what steps aside while it is replaced."""
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Write model and tokenizer into the existing directory `out`, ready for ``from_pretrained``."""
+def save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, state: dict[str, Tensor] | None = None
+) -> None:
+    """Write model and tokenizer into the existing directory `out`, ready for ``from_pretrained``.
+
+    ``state`` stands for the model's own tensors where they are stored in another form.
+    """
     forget_gguf(model)
     use_cache, model.config.use_cache = model.config.use_cache, True  # `load` turned it off; who generates wants it
     try:
         with quiet(), set_aside(model) as branches:
-            model.save_pretrained(out, max_shard_size=SHARD if is_offloaded(model) else WHOLE)
+            model.save_pretrained(out, state_dict=state, max_shard_size=SHARD if is_offloaded(model) else WHOLE)
             tokenizer.save_pretrained(out)
             if branches:
                 stored_transposed = isinstance(model.get_submodule(next(iter(branches))), Conv1D)

@@ -10,14 +10,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from secateur.core.solvers import Solver
+from secateur.core.solver import LayerSolver
 from secateur.pruning.shortage import Pool, Sums, accumulator, top_up
 from secateur.pruning.work import Precise, Watcher, Work
 
 Linears = tuple[str, ...]
 
 
-def layerwise(work: Work, solver: Solver, also: dict[nn.Module, Watcher] | None = None) -> None:
+def layerwise(work: Work, solver: LayerSolver, also: dict[nn.Module, Watcher] | None = None) -> None:
     """Prune the planned linears of a block, group by group. ``also`` sees inputs of other modules in the same pass."""
     groups = planned_groups(work) + expert_groups(work)
     sums, notes = {}, {}
@@ -26,7 +26,9 @@ def layerwise(work: Work, solver: Solver, also: dict[nn.Module, Watcher] | None 
     solve_groups(work, groups, sums, notes, solver)
 
 
-def solve_groups(work: Work, groups: Iterable[Linears], sums: Sums, notes: dict[Linears, str], solver: Solver) -> None:
+def solve_groups(
+    work: Work, groups: Iterable[Linears], sums: Sums, notes: dict[Linears, str], solver: LayerSolver
+) -> None:
     """Prune each group on the mean moments of its input, and write what comes out."""
     for linears in groups:
         W, pattern = work.stacked(linears)
@@ -53,7 +55,7 @@ def _planned(work: Work, groups: Iterable[Linears]) -> list[Linears]:
 
 
 def observe(
-    work: Work, groups: list[Linears], solver: Solver, also: dict[nn.Module, Watcher]
+    work: Work, groups: list[Linears], solver: LayerSolver, also: dict[nn.Module, Watcher]
 ) -> tuple[Sums, dict[Linears, str]]:
     """Moments of every group's input, from one pass over the hidden states; notes on those that had to be topped up."""
     sums: Sums = {}

@@ -6,14 +6,15 @@ is on the device.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.core.plan import Plan, Target
+from secateur.core.quantizers import Quantizer
 from secateur.core.solvers import Solver
 from secateur.core.sparsellm import Refined, SparseLLM
 from secateur.errors import NumericalError
@@ -26,14 +27,15 @@ from secateur.pruning.low_rank import compensate, dense_copy
 from secateur.pruning.paper import paper
 from secateur.pruning.ranks import Ranks
 from secateur.pruning.records import BlockRecord, RoundRecord
-from secateur.pruning.work import PROBE_TOKENS, RunOptions, Work
+from secateur.pruning.work import PROBE_TOKENS, RunOptions, Watcher, Work
 
 MAX_DROPPED = 0.1
 """Share of calibration rows that may turn non-finite before the run stops."""
 ERROR_ROWS = 2
 """Rows on which a block's output error is measured."""
 
-Method = Solver | SparseLLM
+Method = Solver | Quantizer | SparseLLM
+Watch = Callable[[Work], dict[nn.Module, Watcher]]
 
 
 class State(NamedTuple):
@@ -62,16 +64,18 @@ def prune_blocks(
     options: RunOptions,
     state: State | None = None,
     low_rank: int = 0,
+    watch: Watch | None = None,
 ) -> Iterator[Finished]:
     """Prune the planned linears of ``adapter.model`` in place, block by block, in order.
 
     ``windows`` are calibration rows of token ids, this process's share of them where several prune together. ``state``
     goes on with a run whose first blocks are already pruned in the model. With ``low_rank`` every pruned linear gets a
-    branch of that rank, which stays attached to the model (``models.branches``). A block whose weights lie on disk is
+    branch of that rank, which stays attached to the model (``models.branches``). ``watch`` names modules of a block and
+    who is to see what they are given once the block is pruned. A block whose weights lie on disk is
     in memory until the next one is asked for. Raises NumericalError where more than a tenth of the rows turn
     non-finite, ModelError where a block's structure is refused.
     """
-    if method.needs == "nothing" and not low_rank:  # structure is observed all the same, on a few tokens
+    if method.needs == "nothing" and not low_rank and not watch:  # structure is observed all the same, on a few tokens
         windows = windows[:1, :PROBE_TOKENS]
     first, hidden = state or State(0, first_hidden(adapter, windows, options))
     last = max((i for i, name in enumerate(adapter.block_names) if block_targets(plan, name)), default=-1)
@@ -80,7 +84,7 @@ def prune_blocks(
         work = Work(adapter, index, hidden, block_targets(plan, name), options)
         with at_hand(work.block):
             work.block.to(options.device)
-            error, refined = (None, None) if not work.targets else prune_and_measure(work, method, low_rank)
+            error, refined = (None, None) if not work.targets else prune_and_measure(work, method, low_rank, watch)
             hidden = propagate(work) if not work.targets and index < last else work.hidden
             work.block.to("cpu")
             check_rows(name, len(windows), hidden, options.ranks)
@@ -95,7 +99,9 @@ def first_hidden(adapter: DecoderAdapter, windows: Int[Tensor, "rows S"], option
     return Hidden(options.budget, (adapter.first_hidden(rows).to("cpu") for rows in windows.split(options.batch)))
 
 
-def prune_and_measure(work: Work, method: Method, low_rank: int) -> tuple[float | None, Refined | None]:
+def prune_and_measure(
+    work: Work, method: Method, low_rank: int, watch: Watch | None = None
+) -> tuple[float | None, Refined | None]:
     """Prune one block, move its hidden states on; the share of its work that is lost, and its FFN's iterates."""
     inputs = work.hidden.parted(ERROR_ROWS)[0]
     sample = [work.run(rows) for rows in inputs]
@@ -103,7 +109,7 @@ def prune_and_measure(work: Work, method: Method, low_rank: int) -> tuple[float 
     refined = prune_one(work, method)
     if dense is not None:
         compensate(work, dense, low_rank)
-    work.hidden = propagate(work)
+    work.hidden = propagate(work, watch(work) if watch else {})
     outputs = work.hidden.parted(ERROR_ROWS)[0]
     return (None if work.dropped else lost_work(inputs, sample, outputs)), refined
 
@@ -122,10 +128,10 @@ def prune_one(work: Work, method: Method) -> Refined | None:
     return None
 
 
-def propagate(work: Work) -> Hidden:
+def propagate(work: Work, watchers: dict[nn.Module, Watcher] | None = None) -> Hidden:
     """Hidden states after the pruned block; rows that turned non-finite are dropped and counted."""
     with work.forwards("propagate"):
-        return work.watched_pass({})
+        return work.watched_pass(watchers or {})
 
 
 def check_rows(name: str, own: int, hidden: Hidden, ranks: Ranks) -> None:

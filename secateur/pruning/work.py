@@ -23,6 +23,7 @@ from secateur.errors import ModelError
 from secateur.models.adapter import Call, DecoderAdapter, Linear
 from secateur.models.expert_layout import ExpertLayout, observe_experts, watchable
 from secateur.models.experts import ExpertLinear
+from secateur.models.grids import attach_grid
 from secateur.models.layout import FeedForwardForm, Layout, observe
 from secateur.pruning.hidden import Budget, Hidden
 from secateur.pruning.ranks import ALONE, Ranks, pattern_of_rows
@@ -189,8 +190,11 @@ class Work:
         """Write stacked solved weights back into their linears and keep a record of each."""
         inputs = inputs_of(observed) if observed else None
         sizes = [self.targets[name].shape[0] for name in linears]
-        for name, W0, W in zip(linears, before.split(sizes), after.W.split(sizes), strict=True):
+        grids = after.grid.split(sizes) if after.grid else [None] * len(sizes)
+        for name, W0, W, grid in zip(linears, before.split(sizes), after.W.split(sizes), grids, strict=True):
             written = self.write(name, W)
+            if grid:
+                attach_grid(self.linear(name), grid)
             error = relative_error(W0, written, observed.H) if observed else None
             self.record(name, written, after.note, error, inputs)
 

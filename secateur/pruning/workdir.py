@@ -2,8 +2,8 @@
 
     OUT.unfinished/
       run.json                     what is being done: recipe, fingerprints of model and tokens, versions
-      blocks/00007.safetensors     the block's parameters that hold planned linears, and its low-rank branches; its
-                                   record in the header
+      blocks/00007.safetensors     the block's parameters that hold planned linears, its low-rank branches, and the
+                                   grids of quantized linears; its record in the header
       hidden/00008-000-00000.safetensors ...    hidden states before the next block, by process and in parts
       state.json                   the next block, and how many parts of each process its hidden states have
       spill/                       hidden states that wait and find no room in memory
@@ -29,6 +29,7 @@ from secateur.core.plan import Plan
 from secateur.errors import ArtefactError
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.branches import attach, attached, branches_of, tensors_of
+from secateur.models.grids import grid_tensors, is_grid, restore_grids
 from secateur.models.durable import UNFINISHED, admit, durable, locked
 from secateur.models.offload import is_offloaded, relocate
 from secateur.pruning.hidden import Budget, Hidden
@@ -61,8 +62,9 @@ class Workdir:
         holders = adapter.holders(adapter.blocks[record.index], block_targets(plan, record.name))
         weights = {name: parameter.detach().contiguous() for name, parameter in holders.items()}
         if self.ranks.first:
-            branches = tensors_of(attached(adapter.blocks[record.index]))
-            self._write(_block_file(record.index), weights | branches, {"record": json.dumps(record.to_dict())})
+            block = adapter.blocks[record.index]
+            beside = tensors_of(attached(block)) | grid_tensors(block)
+            self._write(_block_file(record.index), weights | beside, {"record": json.dumps(record.to_dict())})
         number = record.index + 1
         parts = 0
         for parts, rows in enumerate(_parts(finished.hidden), 1):
@@ -81,8 +83,10 @@ class Workdir:
         state, records = self._state(), []
         for index in range(state["next"]):
             stored, header = self._read(_block_file(index))
+            restore_grids(adapter.blocks[index], stored)
             branches = branches_of(stored)
-            weights = {name: tensor for name, tensor in stored.items() if name not in tensors_of(branches)}
+            beside = {*tensors_of(branches), *filter(is_grid, stored)}
+            weights = {name: tensor for name, tensor in stored.items() if name not in beside}
             if not self._relocate(adapter, index, weights):
                 for name, weight in weights.items():
                     adapter.blocks[index].get_parameter(name).detach().copy_(weight)

@@ -1,0 +1,104 @@
+"""What a quantized directory really takes: codes, scales, zero points, and all that stayed as it was.
+
+Counted from the stored tensors, not from the scheme. The one number that is worked out is what a bitmask would make of
+it: a bit for each weight, codes of non-zero weights only, scales and zero points as they are.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from secateur.quantization.compressed import Dequantized
+
+CODES = ("weight", "weight_packed")
+"""Tensors of a quantized linear that hold its codes; the rest of it are scales, zero points and a shape."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Bytes and bits of a quantized directory."""
+
+    format: str
+    """pack-quantized or int-quantized."""
+    bits: int
+    group_size: int | None
+    """Inputs that share a scale; None = all of an output row."""
+    symmetric: bool
+    activations: str
+    """none, dynamic or static."""
+    linears: int
+    weights: int
+    """In the quantized linears."""
+    zeros: int
+    """Among them."""
+    code_bytes: int
+    side_bytes: int
+    """Scales, zero points, scales of inputs, shapes."""
+    other_bytes: int
+    """Embeddings, norms, biases and linears that were left alone."""
+    other_weights: int
+    """Elements of these."""
+    file_bytes: int
+    """Of the safetensors files, headers included."""
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of a quantized weight, as stored."""
+        return 8 * (self.code_bytes + self.side_bytes) / max(self.weights, 1)
+
+    @property
+    def masked_bits_per_weight(self) -> float:
+        """Of a quantized weight, were there a bitmask and no codes of zeros."""
+        kept = self.code_bytes * 8 * (1 - self.zeros / max(self.weights, 1))
+        return (self.weights + kept + 8 * self.side_bytes) / max(self.weights, 1)
+
+    @property
+    def whole_bits_per_weight(self) -> float:
+        """Of every number of the model, embeddings included."""
+        return 8 * self.file_bytes / max(self.weights + self.other_weights, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        derived = ("bits_per_weight", "masked_bits_per_weight", "whole_bits_per_weight")
+        return {**asdict(self), **{name: getattr(self, name) for name in derived}}
+
+
+def storage_of(model: Dequantized, zeros: Mapping[str, int]) -> Storage:
+    """``zeros``: of every weight by its name, as ``inspect`` counts them."""
+    codes = side = weights = 0
+    for linear in model.linears:
+        for name, tensor in model.parts(linear).items():
+            if name in CODES:
+                codes += _bytes(tensor)
+            elif name != "bias":
+                side += _bytes(tensor)
+        weights += model.shape(linear).numel()
+    plain = [model.stored[name] for name in model.plain]
+    arguments = model.scheme.weights
+    return Storage(
+        format=model.format,
+        bits=arguments.num_bits,
+        group_size=arguments.group_size,
+        symmetric=arguments.symmetric,
+        activations=_activations(model.scheme.input_activations),
+        linears=len(model.linears),
+        weights=weights,
+        zeros=sum(zeros[f"{linear}.weight"] for linear in model.linears),
+        code_bytes=codes,
+        side_bytes=side,
+        other_bytes=sum(map(_bytes, plain)),
+        other_weights=sum(tensor.numel() for tensor in plain),
+        file_bytes=sum(path.stat().st_size for path in Path(model.directory).glob("*.safetensors")),
+    )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _activations(told: Any) -> str:
+    if told is None:
+        return "none"
+    return "dynamic" if told.dynamic else "static"

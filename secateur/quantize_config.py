@@ -1,0 +1,142 @@
+"""The recipe of quantization: one typed config behind flags, a YAML file and Python, as ``config`` is for pruning.
+
+model: pruned
+bits: 4
+group_size: 64
+method: gptq
+data: c4
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+
+from secateur.config import (
+    EXPRESSIONS,
+    Device,
+    Dtype,
+    Precision,
+    build,
+    check_blocks,
+    check_expressions,
+    chosen_blocks,
+)
+from secateur.core.grid import BITS, Scheme
+from secateur.core.pattern import Pattern, Unstructured, make_pattern
+from secateur.core.quantizers import GPTQ, QUANTIZERS, RTN, Joint, Quantizer
+
+Method = Literal["rtn", "gptq", "joint"]
+Activations = Literal["none", "dynamic", "static"]
+GROUPS = (128, 64, 32)
+"""What ``auto`` tries below 8 bits, in this order."""
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """How a model is quantized, on which text. ValueError where the fields contradict each other."""
+
+    bits: int = 4
+    """Of a weight's code: 8, 4 or 3."""
+    group_size: int | Literal["auto", "channel"] = "auto"
+    """Consecutive inputs that share a scale: 32, 64 or 128, or channel for whole output rows; auto is channel at 8
+    bits, else the largest of these that divides every linear."""
+    symmetric: bool = True
+    """False gives every scale a zero point, at 4 and 3 bits; zeros are kept either way."""
+    activations: Activations = "none"
+    """8 bit inputs beside 8 bit weights: dynamic finds a scale for each token when it runs, static takes the largest
+    input of the calibration."""
+    method: Method = "gptq"
+    """rtn rounds to nearest, gptq lets later columns make up for it, joint prunes a dense model in that same pass."""
+    sparsity: float | None = None
+    """Share of zeros, of joint alone. Needed by every pattern but N:M."""
+    pattern: str | None = None
+    """Where zeros may lie, of joint alone: unstructured, row, N:M (N kept of every M) or block:RxC."""
+    damp: float = 0.01
+    """Ridge added to H, as a fraction of mean(diag H), in gptq and joint."""
+    data: str = "c4"
+    """Calibration text: a name like c4 or wikitext2, ``hf:ID[:config][:split][:column]``, a file, or ``embedded``."""
+    samples: int = 128
+    """Calibration windows."""
+    seq_len: int = 2048
+    """Tokens in each window."""
+    seed: int = 0
+    """Chooses the windows. The same recipe gives the same bytes."""
+    blocks: str = "all"
+    """Which decoder blocks: all, first-half, or A:B (from A up to but without B, counted from 0)."""
+    include: tuple[str, ...] = ()
+    """Regular expressions, searched in the full names of the blocks' linears: quantize what one matches; none = all."""
+    ignore: tuple[str, ...] = ()
+    """The same, of linears to leave as they are; wins over include."""
+    device: Device = "auto"
+    """Where one block at a time is worked on; auto takes cuda where there is one."""
+    dtype: Dtype = "auto"
+    """Type that the model is loaded in, and of scales and of all that is not quantized; auto keeps the checkpoint's."""
+    batch: int = 1
+    """Windows that go through a block together. More is faster and needs more memory."""
+    hidden_memory: float = 8.0
+    """Host memory for hidden states that wait, in GB; what does not fit waits on disk beside OUT. Changes no weight."""
+    precision: Precision = "auto"
+    """Of products in forwards and Gram matrices; auto takes bfloat16 where the processor multiplies it."""
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ValueError(f"{self.bits} bits are not in the table; known: {', '.join(map(str, BITS))}")
+        self.scheme(self.group_size if self.group_size != "auto" else ("channel" if self.bits == 8 else GROUPS[0]))
+        if self.activations != "none" and self.bits != 8:
+            raise ValueError(f"{self.activations} activations go with 8 bit weights, got {self.bits}; use --bits 8")
+        self._check_pattern()
+        least = {"samples": 1, "seq_len": 2, "seed": 0, "batch": 1, "hidden_memory": 0, "damp": 0}
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
+        check_blocks(self.blocks)
+        for name in EXPRESSIONS:
+            check_expressions(name, getattr(self, name))
+
+    def _check_pattern(self) -> None:
+        asked = self.pattern is not None or self.sparsity is not None
+        if asked and self.method != "joint":
+            raise ValueError(
+                f"{self.method} keeps the zeros that are there and makes no pattern; use --method joint, or prune first"
+            )
+        if self.method == "joint":
+            make_pattern(self.pattern or "unstructured", self.sparsity)
+
+    @property
+    def target(self) -> Pattern:
+        """What is asked of a linear beyond its own zeros."""
+        if self.method != "joint":
+            return Unstructured(0.0)
+        return make_pattern(self.pattern or "unstructured", self.sparsity)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether anything but the weights decides."""
+        return self.method != "rtn" or self.activations == "static"
+
+    def scheme(self, group_size: int | str, scales: torch.dtype = torch.float32) -> Scheme:
+        """How matrices are quantized, once the group size is settled."""
+        return Scheme(self.bits, 0 if group_size == "channel" else int(group_size), self.symmetric, scales)
+
+    def quantizer(self, scheme: Scheme) -> Quantizer:
+        """The method, ready to solve."""
+        solver = QUANTIZERS[self.method]
+        return RTN(scheme) if solver is RTN else (GPTQ if solver is GPTQ else Joint)(scheme, self.damp)
+
+    def block_range(self, total: int) -> range:
+        """The chosen blocks of a model that has ``total``."""
+        return chosen_blocks(self.blocks, total)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form of a recipe file."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**values, **{name: list(values[name]) for name in EXPRESSIONS}}
+
+
+def quantize_config_from_dict(data: Mapping[str, Any]) -> QuantizeConfig:
+    """A config from the form of a recipe file (without ``model``); UsageError for anything that does not fit."""
+    values = dict(data)
+    values |= {name: [values[name]] for name in EXPRESSIONS if isinstance(values.get(name), str)}
+    return build(QuantizeConfig, values, "")
