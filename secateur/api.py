@@ -1,4 +1,4 @@
-"""Secateur from Python: ``prune``, ``train``, ``quantize`` and ``evaluate``, the verbs that the command line is a thin skin of.
+"""Secateur from Python: ``prune``, ``train``, ``quantize`` and ``evaluate``, of which the command line is a thin skin.
 
     result = prune("HuggingFaceTB/SmolLM2-135M-Instruct", PruneConfig(sparsity=0.5), data="c4", out="smaller")
     result.model, result.records, result.report

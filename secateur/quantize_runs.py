@@ -28,7 +28,6 @@ from secateur.models.branches import attached
 from secateur.models.grids import check_carriers, note_input
 from secateur.models.load import Loaded
 from secateur.models.save import clear_leftovers, staged
-from secateur.pruning.hidden import Budget
 from secateur.pruning.oneshot import BlockRecord, RunOptions, prune_blocks
 from secateur.pruning.selection import Selection
 from secateur.pruning.work import Watcher, Work

@@ -2,9 +2,9 @@
 
 For each column j, in order: decide which of its weights go, take the error e = (w - kept) / U_jj, and let every column
 to the right make up for it, W[:, k] -= e U[j, k] (Algorithm 1 of SparseGPT, arXiv:2301.00774). U is the upper factor of
-the inverse damped Gram matrix, H⁻¹ = Uᵀ U. What is kept may be the weight itself (SparseGPT), its nearest value on a grid
-(GPTQ, arXiv:2210.17323: nothing goes, every column is rounded), or both in one pass (section 3.5 of SparseGPT): "which go"
-and "round this column" are functions that the caller passes in.
+the inverse damped Gram matrix, H⁻¹ = Uᵀ U. What is kept may be the weight itself (SparseGPT), its nearest value on a
+grid (GPTQ, arXiv:2210.17323: nothing goes, every column is rounded), or both in one pass (section 3.5 of SparseGPT):
+"which go" and "round this column" are functions that the caller passes in.
 
 The arithmetic is R C² multiply-adds, but done column by column it is a stream of tiny memory-bound operations. So the
 sweep is two-level: rank-one updates stay inside a panel of 16 columns, one matrix product carries a panel's errors to

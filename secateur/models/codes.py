@@ -1,8 +1,8 @@
 """A checkpoint of integer codes, as ``secateur quantize`` writes it, opened to be measured.
 
-It is transformers that opens it, by the compressed-tensors library. Weights come back as the values that the codes stand
-for, in the model's type; where activations are quantized too, every linear rounds its inputs before it multiplies. So
-what is measured is the arithmetic of the format, at the speed of an ordinary model.
+It is transformers that opens it, by the compressed-tensors library. Weights come back as the values that the codes
+stand for, in the model's type; where activations are quantized too, every linear rounds its inputs before it
+multiplies. So what is measured is the arithmetic of the format, at the speed of an ordinary model.
 """
 
 from importlib.util import find_spec
@@ -22,7 +22,7 @@ def holds_codes(config: PretrainedConfig) -> bool:
 
 
 def prepare(config: PretrainedConfig, source: str) -> None:
-    """Have weights dequantized while they are read, where nothing else is to be done; ModelError without the library."""
+    """Have weights dequantized as they are read, where nothing else is to be done; ModelError without the library."""
     if find_spec(PACKAGE) is None:
         raise ModelError(f"{source} is quantized and needs compressed-tensors; install it with {INSTALL}")
     import loguru

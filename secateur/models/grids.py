@@ -1,4 +1,4 @@
-"""What a quantized linear carries beside its weight, as buffers of its own module: the grid, and the range of its inputs.
+"""What a quantized linear carries beside its weight, as buffers of its own module: grid, and range of the inputs.
 
 The weight itself holds the values that the codes stand for, in the model's type, so that everything else (replays,
 errors, perplexity) works on an ordinary model; codes are found again from value and scale when the model is written
@@ -25,8 +25,8 @@ def check_carriers(linears: Mapping[str, object]) -> None:
     for name, linear in linears.items():
         if not isinstance(linear, nn.Linear):
             raise ModelError(
-                f"{name} is a {type(linear).__name__}; only nn.Linear can be quantized so far, fused experts and Conv1D "
-                "cannot: leave them out with ignore"
+                f"{name} is a {type(linear).__name__}; only nn.Linear can be quantized so far, fused experts and "
+                "Conv1D cannot: leave them out with ignore"
             )
 
 

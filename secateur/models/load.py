@@ -91,8 +91,8 @@ def load(
     """Load `source` in `dtype` ("auto" keeps the checkpoint's own); `revision` picks a commit of a hub model.
 
     `offload` leaves the blocks of a directory in their files (``models.offload``); "auto" where they exceed memory.
-    Low-rank branches in its ``low_rank/`` are attached, so that the function is the one that was saved. ``codes`` admits
-    what ``secateur quantize`` wrote (``models.codes``), to be measured and not to be changed.
+    Low-rank branches in its ``low_rank/`` are attached, so that the function is the one that was saved. ``codes``
+    admits what ``secateur quantize`` wrote (``models.codes``), to be measured and not to be changed.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")

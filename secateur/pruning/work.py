@@ -275,7 +275,8 @@ def solve_together(
     own = ranks.share(len(W)) if shared else range(len(W) if ranks.first else 0)
     new, note = W[:0], ""
     if own:
-        new, _, note = solver.solve(W[own.start : own.stop], H, pattern_of_rows(pattern, own))
+        pruned = solver.solve(W[own.start : own.stop], H, pattern_of_rows(pattern, own))
+        new, note = pruned.W, pruned.note
     new = ranks.together(new, len(W)) if shared else ranks.same(new if ranks.first else torch.empty_like(W))
     return Pruned(new, new != 0, note)
 

@@ -29,8 +29,8 @@ from secateur.core.plan import Plan
 from secateur.errors import ArtefactError
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.branches import attach, attached, branches_of, tensors_of
-from secateur.models.grids import grid_tensors, is_grid, restore_grids
 from secateur.models.durable import UNFINISHED, admit, durable, locked
+from secateur.models.grids import grid_tensors, is_grid, restore_grids
 from secateur.models.offload import is_offloaded, relocate
 from secateur.pruning.hidden import Budget, Hidden
 from secateur.pruning.oneshot import Finished, State, block_targets

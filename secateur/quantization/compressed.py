@@ -1,10 +1,10 @@
 """The compressed-tensors form, which transformers and vLLM load: written and read by the library of that name.
 
-A linear's ``weight`` becomes ``weight_packed`` (codes of any width in int32 words, bits side by side: pack-quantized) or
-int8 codes under its old name (int-quantized, which int8 activations ask for), beside ``weight_scale`` and, where the
+A linear's ``weight`` becomes ``weight_packed`` (codes of any width in int32 words, bits side by side: pack-quantized)
+or int8 codes under its old name (int-quantized, which int8 activations ask for), beside ``weight_scale`` and, where the
 grid is asymmetric, a packed ``weight_zero_point``; ``input_scale`` where activations have a static one. Which of the
-two it is decides the library. Everything else is stored as it was. ``config.json`` says the scheme, and never has a
-``sparsity_config``: current vLLM refuses a model that does.
+two forms it is, the library decides. Everything else is stored as it was. ``config.json`` says the scheme, and never
+has a ``sparsity_config``: current vLLM refuses a model that does.
 
 Zeros survive because a code of 0 stands for 0.0 exactly; nothing in this format knows that they are there, so they take
 as much room as any other code.
@@ -24,7 +24,6 @@ from secateur.core.grid import Scheme
 from secateur.errors import ArtefactError, UsageError
 from secateur.models.codes import INSTALL, METHOD, PACKAGE
 from secateur.models.grids import grid_of, largest_input
-from secateur.models.quiet import quiet
 from secateur.models.save import save
 
 Activations = Literal["none", "dynamic", "static"]

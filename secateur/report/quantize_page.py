@@ -34,8 +34,8 @@ def storage_warnings(storage: Mapping[str, Any], others: Mapping[str, float]) ->
         lines.append(f"smaller than these {size(made)} without any zeros: {', '.join(smaller)}")
     if storage["zeros"]:
         lines.append(
-            f"{percent(storage['zeros'] / storage['weights'])} zeros take as much room here as any code: the dense model "
-            f"quantized alike has the same {size(made)}; a smaller download with `secateur export --to "
+            f"{percent(storage['zeros'] / storage['weights'])} zeros take as much room here as any code: the dense "
+            f"model quantized alike has the same {size(made)}; a smaller download with `secateur export --to "
             "sparse-safetensors`"
         )
     return lines
@@ -50,8 +50,8 @@ def storage_rows(storage: Mapping[str, Any], others: Mapping[str, float]) -> dic
     ]
     return {
         "stored as": f"{storage['format']}, int{storage['bits']}, {group}, {kind}{inputs}",
-        "bits per weight": f"{storage['bits_per_weight']:.3f} in {storage['linears']} quantized linears, scales and zero "
-        f"points included; {storage['masked_bits_per_weight']:.3f} with a bitmask and no codes of zeros; "
+        "bits per weight": f"{storage['bits_per_weight']:.3f} in {storage['linears']} quantized linears, scales and "
+        f"zero points included; {storage['masked_bits_per_weight']:.3f} with a bitmask and no codes of zeros; "
         f"{storage['whole_bits_per_weight']:.3f} in all, embeddings included",
         "files": f"{size(storage['file_bytes'])}: codes {size(storage['code_bytes'])}, scales and zero points "
         f"{size(storage['side_bytes'])}, all else {size(storage['other_bytes'])}",
