@@ -85,9 +85,7 @@ def test_joint_equals_the_naive_loop(problem, pattern, every):
     W, _, H = (tensor.double() for tensor in problem(R=10, C=96, T=400))
     scheme = Scheme(4, 32)
     made = Joint(scheme).solve(W, H, pattern)
-    expected, mask = naive(
-        W, H, scheme, 0.01, lambda w, u, j: keep_mask(w.square() / u.square(), pattern, j), every
-    )
+    expected, mask = naive(W, H, scheme, 0.01, lambda w, u, j: keep_mask(w.square() / u.square(), pattern, j), every)
     torch.testing.assert_close(made.W, expected * mask, rtol=1e-9, atol=1e-9)
 
 

@@ -1,0 +1,415 @@
+"""``secateur quantize`` from end to end: not a zero is lost, and transformers loads what was computed with."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from secateur.core.pattern import NM, check_mask
+from secateur.quantize_config import QuantizeConfig
+
+SMALL = ["--samples", "4", "--seq-len", "32"]
+SCHEMES = {
+    "int8": ["--bits", 8],
+    "int4": ["--bits", 4],
+    "int4 g32": ["--bits", 4, "--group-size", 32],
+    "int4 g64 asymmetric": ["--bits", 4, "--group-size", 64, "--asymmetric"],
+    "int4 rows asymmetric": ["--bits", 4, "--group-size", "channel", "--asymmetric"],
+    "int3 g128": ["--bits", 3, "--group-size", 128],
+    "int3 g32 asymmetric": ["--bits", 3, "--group-size", 32, "--asymmetric"],
+    "int3 rows": ["--bits", 3, "--group-size", "channel"],
+    "w8a8 dynamic": ["--bits", 8, "--activations", "dynamic"],
+    "w8a8 static": ["--bits", 8, "--activations", "static"],
+}
+CASES = [*((name, "rtn") for name in SCHEMES), *((name, "gptq") for name in list(SCHEMES)[3::3])]
+
+
+@pytest.fixture(scope="module")
+def dense(byte_tokenizer, tmp_path_factory):
+    """A random bfloat16 Llama whose widths are multiples of 128, with biases in its attention and tied embeddings."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=260, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True, attention_bias=True,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        for name, parameter in model.named_parameters():
+            parameter.data = torch.randn_like(parameter) * 0.05 if name.endswith("bias") else parameter.data
+    path = tmp_path_factory.mktemp("models") / "dense"
+    model.to(torch.bfloat16).save_pretrained(path)
+    byte_tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sparse(run, dense, text_file, tmp_path_factory):
+    """The same at 2:4."""
+    out = tmp_path_factory.mktemp("models") / "sparse"
+    flags = ["--method", "wanda", "--pattern", "2:4", "--data", text_file, *SMALL]
+    assert run("prune", dense, *flags, "--out", out).code == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def text(text_file):
+    return ["--data", text_file, *SMALL]
+
+
+@pytest.fixture(scope="module")
+def int4(run, sparse, text, tmp_path_factory):
+    """OUT of one run with the defaults, and what it said."""
+    out = tmp_path_factory.mktemp("runs") / "int4"
+    ran = run("quantize", sparse, *text, "--out", out)
+    assert ran.code == 0, ran.err
+    return out, ran
+
+
+def linears(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+
+
+def opened(folder):
+    """What everybody does; any missing, unexpected or mismatched key would be a warning, and so an error."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+IDS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+def test_every_zero_survives_and_transformers_computes_the_same(name, method, run, sparse, text, tmp_path):
+    ran = run("quantize", sparse, *SCHEMES[name], "--method", method, *text, "--out", tmp_path / "out", "--json")
+    assert ran.code == 0, ran.err
+    before, after = opened(sparse), opened(tmp_path / "out")
+    after_logits = logits(after)  # the first forward decompresses
+    lost = broken = 0
+    for linear, source in linears(before).items():
+        W = after.get_submodule(linear).weight
+        lost += int(((source.weight == 0) & (W != 0)).sum())
+        broken += check_mask(W != 0, NM(2, 4)) is not None
+        if source.bias is not None:
+            assert torch.equal(after.get_submodule(linear).bias, source.bias)
+    assert (lost, broken) == (0, 0)
+    assert ran.json["zeros"]["after"] >= ran.json["zeros"]["before"] == ran.json["weights"] // 2
+    assert torch.equal(after.model.embed_tokens.weight, before.model.embed_tokens.weight)
+    assert after.lm_head.weight.data_ptr() == after.model.embed_tokens.weight.data_ptr()
+    fake = opened(sparse)
+    for linear in linears(fake):
+        fake.get_submodule(linear).weight = torch.nn.Parameter(after.get_submodule(linear).weight.detach())
+    expected = logits(fake if "w8a8" not in name else rounding_inputs(fake, tmp_path / "out"))
+    assert torch.equal(after_logits, expected)
+    assert float((after_logits - logits(before)).abs().max()) > 0
+
+
+def rounding_inputs(model, folder):
+    """Inputs of every linear on their int8 grid: a scale a token, or the stored one. Written out once more here."""
+    stored = load_file(folder / "model.safetensors")
+    for name, linear in linears(model).items():
+
+        def rounded(_, args, name=name):
+            scale = stored.get(f"{name}.input_scale")
+            s = args[0].abs().amax(-1, keepdim=True) / 127.5 if scale is None else scale
+            s = torch.where(s == 0, torch.finfo(s.dtype).eps, s)
+            return ((args[0] / s).round().clamp(-128, 127) * s,)
+
+        linear.register_forward_pre_hook(rounded)
+    return model
+
+
+def test_a_static_scale_is_the_largest_input_of_the_calibration(sparse, text_file, tmp_path):
+    """Seen after the weights of the block were quantized, so it is what the quantized model computes."""
+    from secateur import quantize
+    from secateur.data.sources import read_texts
+    from secateur.data.tokens import sample_windows, tokenize
+
+    config = QuantizeConfig(
+        bits=8, activations="static", method="rtn", data=str(text_file), samples=4, seq_len=32, precision="float32"
+    )
+    result = quantize(sparse, config, out=tmp_path / "out")
+    model, largest = result.model, {}
+    tokens = tokenize(read_texts(str(text_file), "calibration"), result.tokenizer)
+    windows = sample_windows(tokens, 4, 32, torch.Generator().manual_seed(0))
+    for name, linear in linears(model).items():
+
+        def see(_, args, name=name):
+            largest[name] = max(largest.get(name, 0.0), float(args[0].abs().max()))
+
+        linear.register_forward_pre_hook(see)
+    for row in windows:
+        model(row[None])
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for name, seen in largest.items():
+        assert float(stored[f"{name}.input_scale"]) == pytest.approx(seen / 127, rel=2**-7)
+
+
+def test_what_is_stored(int4):
+    out, _ = int4
+    stored = load_file(out / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj"
+    assert sorted(key for key in stored if key.startswith(name)) == [
+        f"{name}.weight_packed", f"{name}.weight_scale", f"{name}.weight_shape",
+    ]  # fmt: skip
+    assert stored[f"{name}.weight_packed"].shape == (128, 256 // 8)
+    assert stored[f"{name}.weight_scale"].shape == (128, 2)
+    assert stored[f"{name}.weight_scale"].dtype == torch.bfloat16
+    told = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert told["quant_method"] == "compressed-tensors"
+    assert told["format"] == "pack-quantized"
+    assert told["ignore"] == ["lm_head"]
+    assert "sparsity_config" not in told, "vLLM refuses a model that has one"
+    assert "lm_head.weight" not in stored
+
+
+def test_what_is_told(int4, run, sparse):
+    out, ran = int4
+    assert "int4, groups of 128, symmetric" in ran.out
+    assert "50.00% before" in ran.out
+    assert "no zero is lost" in ran.out
+    report = json.loads((out / "secateur" / "report.json").read_text())
+    storage, weights = report["storage"], report["weights"]
+    assert weights == 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 256)
+    assert storage["code_bytes"] == weights // 2
+    shapes, scales = 14 * 2 * 8, weights // 128 * 2
+    assert storage["side_bytes"] == shapes + scales
+    assert storage["bits_per_weight"] == pytest.approx(4 + 16 / 128 + 8 * shapes / weights)
+    zeros = storage["zeros"] / weights
+    assert storage["masked_bits_per_weight"] == pytest.approx(1 + 4 * (1 - zeros) + storage["bits_per_weight"] - 4)
+    assert storage["file_bytes"] == (out / "model.safetensors").stat().st_size
+    assert storage["other_weights"] == 260 * 128 + 5 * 128 + 2 * (128 * 2 + 64 * 2)
+    assert report["alternatives"]["dense int8"] == storage["other_bytes"] + weights
+    assert any("zeros take as much room here as any code" in line for line in report["warnings"])
+    inspected = run("inspect", out, "--json")
+    assert inspected.code == 0
+    assert inspected.json["quantized"] == storage
+    assert {row["pattern"] for row in inspected.json["rows"] if row["ok"] is not None} == {"2:4"}
+    printed = run("inspect", out)
+    assert "every promise is kept" in printed.out
+    assert "pack-quantized, int4, groups of 128, symmetric" in printed.out
+
+
+def test_where_a_dense_model_would_be_smaller_that_is_said(run, sparse, text, tmp_path):
+    ran = run("quantize", sparse, "--bits", 8, "--method", "rtn", *text, "--out", tmp_path / "out", "--json")
+    line = next(line for line in ran.json["warnings"] if line.startswith("smaller than these"))
+    assert "dense int4, groups of 128" in line
+    assert "dense int8" not in line
+    assert ran.json["data"]["needed"] is False
+
+
+def test_eval_measures_it(int4, run, sparse, text_file, tmp_path, text):
+    out, _ = int4
+    ran = run("eval", out, "--baseline", sparse, "--data", text_file, "--seq-len", 64, "--limit", 8, "--json")
+    assert ran.code == 0, ran.err
+    assert 0 < abs(ran.json["results"][0]["log_ppl_gap"]) < 0.1
+    assert "Dispatching" not in ran.err
+    assert run("quantize", sparse, *SCHEMES["w8a8 dynamic"], *text, "--out", tmp_path / "a8").code == 0
+    ran = run("eval", tmp_path / "a8", "--baseline", sparse, "--data", text_file, "--seq-len", 64, "--limit", 8)
+    assert ran.code == 0, ran.err
+    assert "Decompressing" not in ran.err
+
+
+def test_the_saved_recipe_gives_the_same_bytes(int4, run, tmp_path, files):
+    out, _ = int4
+    ran = run("quantize", "--recipe", out / "secateur" / "recipe.yaml", "--out", tmp_path / "again")
+    assert ran.code == 0, ran.err
+    assert files(tmp_path / "again") == files(out)
+    ran = run("quantize", "--recipe", out / "secateur" / "recipe.yaml", "--out", tmp_path / "again", "--resume")
+    assert "is complete: nothing was left to do" in ran.err
+
+
+@pytest.mark.parametrize("pattern", [["--pattern", "2:4"], ["--sparsity", "0.6"]], ids=["2:4", "60 %"])
+def test_joint_prunes_and_quantizes_a_dense_model(pattern, run, dense, text, tmp_path):
+    ran = run("quantize", dense, "--method", "joint", *pattern, *text, "--out", tmp_path / "out", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["zeros"]["before"] == 0
+    assert ran.json["zeros"]["after"] >= (0.5 if "2:4" in pattern else 0.6) * ran.json["weights"] - 14
+    inspected = run("inspect", tmp_path / "out", "--json").json
+    assert {row["pattern"] for row in inspected["rows"] if row["ok"] is not None} == {
+        "2:4" if "2:4" in pattern else "60%"
+    }
+    logits(opened(tmp_path / "out"))
+
+
+def test_only_what_is_chosen(run, dense, text, tmp_path):
+    flags = ["--blocks", "0:1", "--ignore", "down_proj", "--method", "rtn", *text]
+    assert run("quantize", dense, *flags, "--out", tmp_path / "out").code == 0
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert "model.layers.0.mlp.up_proj.weight_packed" in stored
+    assert "model.layers.0.mlp.down_proj.weight" in stored
+    assert "model.layers.1.mlp.up_proj.weight" in stored
+    logits(opened(tmp_path / "out"))
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(run, sparse, text, tmp_path, monkeypatch, files):
+    from secateur.pruning.workdir import Workdir
+
+    flags = [*SCHEMES["w8a8 static"], *text]
+    assert run("quantize", sparse, *flags, "--out", tmp_path / "whole").code == 0
+    keep = Workdir.keep
+
+    def killed(self, adapter, plan, finished):
+        keep(self, adapter, plan, finished)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workdir, "keep", killed)
+        ran = run("quantize", sparse, *flags, "--out", tmp_path / "out")
+    assert ran.code == 130
+    assert "keeps 1 finished blocks" in ran.error
+    ran = run("quantize", sparse, *flags, "--out", tmp_path / "out", "--resume", "--json")
+    assert ran.json["resumed_after_blocks"] == 1
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_packed_for_a_download_and_back(int4, run, tmp_path):
+    out, _ = int4
+    assert run("export", out, "--to", "sparse-safetensors", "--out", tmp_path / "packed").code == 0
+    inspected = run("inspect", tmp_path / "packed", "--json")
+    assert inspected.code == 0, inspected.err
+    assert inspected.json["quantized"]["bits"] == 4
+    assert run("unpack", tmp_path / "packed", "--out", tmp_path / "back").code == 0
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_a_lost_zero_would_be_found(int4, run, tmp_path):
+    out = shutil.copytree(int4[0], tmp_path / "out")
+    stored = load_file(out / "model.safetensors")
+    stored["model.layers.0.mlp.up_proj.weight_packed"][0] += 1  # the first code of every word
+    save_file(stored, out / "model.safetensors", {"format": "pt"})
+    ran = run("inspect", out)
+    assert ran.code == 1
+    assert "model.layers.0.mlp.up_proj.weight" in ran.out
+    assert "hold more than 2 weights" in ran.out
+
+
+def damaged(stored, config):
+    del stored["model.layers.0.mlp.up_proj.weight_packed"]
+
+
+def wrong_scales(stored, config):
+    stored["model.layers.0.mlp.up_proj.weight_scale"] = torch.ones(7, 3)
+
+
+def other_scheme(stored, config):
+    config["quantization_config"]["config_groups"] = {
+        "group_0": {"targets": ["Linear"], "weights": {"num_bits": "four"}}
+    }
+
+
+@pytest.mark.parametrize("damage", [damaged, wrong_scales, other_scheme])
+def test_a_damaged_directory_is_one_line(damage, int4, run, tmp_path):
+    out = shutil.copytree(int4[0], tmp_path / "out")
+    stored, config = load_file(out / "model.safetensors"), json.loads((out / "config.json").read_text())
+    damage(stored, config)
+    save_file(stored, out / "model.safetensors", {"format": "pt"})
+    (out / "config.json").write_text(json.dumps(config))
+    for words in (["inspect", out], ["eval", out, "--data", "embedded", "--seq-len", 32, "--limit", 1]):
+        ran = run(*words)
+        assert ran.code == 1, words
+        assert "Traceback" not in ran.err
+        assert str(out) in ran.error
+
+
+REFUSED = {
+    "bits": (["--bits", 5], 2, ["5 bits are not in the table", "8, 4, 3"]),
+    "group of int8": (["--bits", 8, "--group-size", 128], 2, ["known for 8 bits: channel"]),
+    "group size": (["--group-size", 48], 2, ["group size 48", "32, 64, 128"]),
+    "group size no number": (["--group-size", "row"], 2, ["group_size", "'row'"]),
+    "asymmetric int8": (["--bits", 8, "--asymmetric"], 2, ["8 bits are symmetric"]),
+    "activations of int4": (["--activations", "dynamic"], 2, ["8 bit weights", "--bits 8"]),
+    "unknown method": (["--method", "awq"], 2, ["method", "'awq'", "gptq"]),
+    "pattern without joint": (["--pattern", "2:4"], 2, ["gptq keeps the zeros", "--method joint"]),
+    "joint without a pattern": (["--method", "joint"], 2, ["needs a sparsity"]),
+    "unknown key": (["--set", "bit=4"], 2, ["'bit'", "did you mean bits"]),
+    "somebody's out": (["--out", "theirs"], 2, ["theirs", "exists"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_one_line(case, run, dense, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "file").write_text("theirs")
+    flags, code, words = REFUSED[case]
+    ran = run("quantize", dense, *text, "--out", "out", *flags)
+    assert ran.code == code
+    assert len(ran.err.strip().splitlines()) == 1
+    assert all(word in ran.error for word in words), ran.error
+    assert not (tmp_path / "out").exists()
+
+
+def test_group_sizes_that_do_not_divide(run, model_dir, text, tmp_path):
+    """Width 32: 128 and 64 do not divide it; auto finds 32."""
+    ran = run("quantize", model_dir, "--group-size", 64, "--method", "rtn", "--out", tmp_path / "out")
+    assert ran.code == 2
+    assert "q_proj: group size 64 does not divide 32 inputs" in ran.error
+    ran = run("quantize", model_dir, "--method", "rtn", "--out", tmp_path / "out", "--json")
+    assert ran.json["storage"]["group_size"] == 32
+
+
+def test_quantized_twice_pruned_after_or_with_branches(int4, run, dense, text, tmp_path):
+    for verb, more in (("quantize", []), ("prune", ["--sparsity", "0.5"])):
+        ran = run(verb, int4[0], *more, *text, "--out", tmp_path / "out")
+        assert ran.code == 1
+        assert "is already quantized" in ran.error
+    flags = ["--method", "magnitude", "--pattern", "2:4", "--low-rank", 4, *text]
+    assert run("prune", dense, *flags, "--out", tmp_path / "branched").code == 0
+    ran = run("quantize", tmp_path / "branched", *text, "--out", tmp_path / "out")
+    assert ran.code == 2
+    assert "low-rank branches beside 14 linears" in ran.error
+
+
+def test_what_the_format_has_no_place_for(run, moe, byte_tokenizer, text, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    moe("mixtral", vocab_size=260).save_pretrained(tmp_path / "moe")
+    config = GPT2Config(vocab_size=260, n_embd=32, n_layer=2, n_head=2, n_positions=128)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    for name, kind in (("moe", "ExpertLinear"), ("gpt2", "Conv1D")):
+        byte_tokenizer.save_pretrained(tmp_path / name)
+        ran = run("quantize", tmp_path / name, "--method", "rtn", *text, "--out", tmp_path / "out")
+        assert ran.code == 1
+        assert f"is a {kind}; only nn.Linear can be quantized so far" in ran.error
+
+
+def test_without_the_package(int4, run, dense, tmp_path, monkeypatch):
+    import importlib.util
+    import sys
+
+    find = importlib.util.find_spec
+    for name in [name for name in sys.modules if name.split(".")[0] == "compressed_tensors"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
+    monkeypatch.setattr("secateur.models.codes.find_spec", lambda name: None if "compressed" in name else find(name))
+    for words, code in (
+        (["quantize", dense, "--out", tmp_path / "out"], 2),
+        (["inspect", int4[0]], 2),
+        (["eval", int4[0], "--data", "embedded"], 1),
+    ):
+        ran = run(*words)
+        assert ran.code == code
+        assert "pip install 'secateur[quantize]'" in ran.error
+
+
+def test_from_python(dense, byte_tokenizer, tmp_path):
+    from secateur import quantize
+
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    config = QuantizeConfig(method="rtn", bits=3)
+    result = quantize(model, config, tokenizer=byte_tokenizer, out=tmp_path / "out")
+    assert result.model is model
+    assert torch.equal(logits(opened(tmp_path / "out")), logits(model))
+    assert replace(config, bits=4) == QuantizeConfig(method="rtn")
