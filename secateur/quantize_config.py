@@ -53,6 +53,10 @@ class QuantizeConfig:
     """Share of zeros, of joint alone. Needed by every pattern but N:M."""
     pattern: str | None = None
     """Where zeros may lie, of joint alone: unstructured, row, N:M (N kept of every M) or block:RxC."""
+    smooth: bool = False
+    """Move the range of 8 bit inputs into the weights first, folded into norms (SmoothQuant). Zeros are kept."""
+    strength: float = 0.5
+    """How much of it ``smooth`` moves: 0 evens out the weights, 1 the inputs."""
     damp: float = 0.01
     """Ridge added to H, as a fraction of mean(diag H), in gptq and joint."""
     data: str = "c4"
@@ -86,6 +90,10 @@ class QuantizeConfig:
         self.scheme(self.group_size if self.group_size != "auto" else ("channel" if self.bits == 8 else GROUPS[0]))
         if self.activations != "none" and self.bits != 8:
             raise ValueError(f"{self.activations} activations go with 8 bit weights, got {self.bits}; use --bits 8")
+        if self.smooth and self.activations == "none":
+            raise ValueError("smooth eases the rounding of inputs, and none are rounded; give --activations")
+        if not 0 <= self.strength <= 1:
+            raise ValueError(f"strength is a share, in [0, 1]; got {self.strength}")
         self._check_pattern()
         least = {"samples": 1, "seq_len": 2, "seed": 0, "batch": 1, "hidden_memory": 0, "damp": 0}
         for name, minimum in least.items():
@@ -114,7 +122,7 @@ class QuantizeConfig:
     @property
     def needs_text(self) -> bool:
         """Whether anything but the weights decides."""
-        return self.method != "rtn" or self.activations == "static"
+        return self.method != "rtn" or self.activations == "static" or self.smooth
 
     def scheme(self, group_size: int | str, scales: torch.dtype = torch.float32) -> Scheme:
         """How matrices are quantized, once the group size is settled."""

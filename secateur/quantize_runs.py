@@ -7,7 +7,7 @@ code exactly, and no zero of the source may be lost.
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from secateur.balancing import Balanced, smoother
 from secateur.config import dump_recipe
 from secateur.core.grid import Scheme
 from secateur.core.packing import from_bits, to_bits
@@ -25,10 +26,10 @@ from secateur.errors import ArtefactError, UsageError
 from secateur.evaluation.inspect import Checkpoint, Inspection, read_promises
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.branches import attached
-from secateur.models.grids import check_carriers, note_input
+from secateur.models.grids import check_carriers, divisions, note_input
 from secateur.models.load import Loaded
 from secateur.models.save import clear_leftovers, staged
-from secateur.pruning.oneshot import BlockRecord, RunOptions, prune_blocks
+from secateur.pruning.oneshot import Beside, BlockRecord, RunOptions, prune_blocks
 from secateur.pruning.selection import Selection
 from secateur.pruning.work import Watcher, Work
 from secateur.pruning.workdir import Workdir, opened
@@ -85,6 +86,7 @@ class QuantizeRun:
     kept: dict[str, Tensor]
     """Bit i of a linear's entry: element i of its weight was not zero."""
     watch: Stopwatch
+    balanced: Balanced = field(default_factory=Balanced)
 
     @classmethod
     def prepare(
@@ -162,14 +164,24 @@ class QuantizeRun:
         precision = resolve_precision(config.precision, config.device)
         options = RunOptions(config.device, config.batch, precision, budget)
         method = config.quantizer(self.scheme)
-        watch = watch_inputs if config.activations == "static" else None
         with self.watch.stage("quantize", f"quantize, going on after {len(records)} blocks" if records else "quantize"):
-            for finished in prune_blocks(self.adapter, self.windows, self.plan, method, options, state, watch=watch):
+            for finished in prune_blocks(
+                self.adapter, self.windows, self.plan, method, options, state, beside=self.beside()
+            ):
                 work.keep(self.adapter, self.plan, finished)
                 records.append(finished.record)
                 said = f"{finished.record.name}, {finished.record.seconds:.1f} s"
                 self.watch.progress.update(len(records), len(self.adapter.blocks), said)
         return records
+
+    def beside(self) -> Beside | None:
+        """What else happens to a block: balanced before its solves, its inputs watched behind them."""
+        beside = Beside()
+        if self.config.smooth:
+            beside = beside._replace(before=smoother(self.config.strength, self.balanced))
+        if self.config.activations == "static":
+            beside = beside._replace(watch=watch_inputs)
+        return None if beside == Beside() else beside
 
     def save(self, folder: Path, records: list[BlockRecord]) -> tuple[Dequantized, Inspection]:
         """Fill a directory, and what was found when it was opened again."""
@@ -212,6 +224,7 @@ class QuantizeRun:
             "recipe": self.config.to_dict(),
             "scheme": self.scheme.words(),
             "patterns": sorted({str(target.pattern) for target in self.plan.values()}),
+            "balance": {"folded": divisions(self.loaded.model), **asdict(self.balanced)},
             "linears": len(self.plan),
             "weights": self.plan.size,
             "zeros": {"before": self.plan.size - sum(map(bits_set, self.kept.values())), "after": storage["zeros"]},

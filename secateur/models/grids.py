@@ -6,6 +6,7 @@ errors, perplexity) works on an ordinary model; codes are found again from value
 
     quantized_scale, quantized_zero_point    (R, G), float32
     quantized_input                          (1,), float32: the largest |input| that was seen
+    quantized_divisor                        (C,), float32, of a norm or a linear: what its output was divided by
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from secateur.core.grid import Grid
 from secateur.errors import ModelError
 
-SCALE, ZERO, INPUT = "quantized_scale", "quantized_zero_point", "quantized_input"
-OWN = (SCALE, ZERO, INPUT)
+SCALE, ZERO, INPUT, DIVISOR = "quantized_scale", "quantized_zero_point", "quantized_input", "quantized_divisor"
+OWN = (SCALE, ZERO, INPUT, DIVISOR)
 
 
 def check_carriers(linears: Mapping[str, object]) -> None:
@@ -61,10 +62,26 @@ def grid_tensors(block: nn.Module) -> dict[str, Tensor]:
 
 
 def restore_grids(block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what ``grid_tensors`` gave; other tensors are passed over."""
+    """Put back what ``grid_tensors`` gave, and divide again what was divided but is no weight of a planned linear."""
     for name in filter(is_grid, tensors):
-        linear, _, own = name.rpartition(".")
-        block.get_submodule(linear).register_buffer(own, tensors[name], persistent=False)
+        path, _, own = name.rpartition(".")
+        module = block.get_submodule(path)
+        module.register_buffer(own, tensors[name], persistent=False)
+        if own == DIVISOR:
+            divide(module, tensors[name], weight=not isinstance(module, nn.Linear))
+
+
+def divisions(model: nn.Module) -> int:
+    """How many modules were divided."""
+    return sum(name.endswith(DIVISOR) for name, _ in model.named_buffers())
+
+
+def divide(module: nn.Module, s: Tensor, *, weight: bool = True) -> None:
+    """Divide what a norm or a linear gives by s, powers of two: its bias and, if asked, its weight."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if name == "bias" or weight:
+            shaped = s.view(-1, *[1] * (parameter.ndim - 1)).to(parameter.device, parameter.dtype)
+            parameter.detach().div_(shaped)
 
 
 def is_grid(name: str) -> bool:

@@ -35,7 +35,15 @@ ERROR_ROWS = 2
 """Rows on which a block's output error is measured."""
 
 Method = Solver | Quantizer | SparseLLM
-Watch = Callable[[Work], dict[nn.Module, Watcher]]
+
+
+class Beside(NamedTuple):
+    """What else happens to a block, at the hands of whoever runs this."""
+
+    before: Callable[[Work], None] = lambda work: None
+    """Called before anything of the block is observed for its solves; may change it, but not what it computes."""
+    watch: Callable[[Work], dict[nn.Module, Watcher]] = lambda work: {}
+    """Modules of the pruned block, and who is to see what they are given."""
 
 
 class State(NamedTuple):
@@ -64,18 +72,17 @@ def prune_blocks(
     options: RunOptions,
     state: State | None = None,
     low_rank: int = 0,
-    watch: Watch | None = None,
+    beside: Beside | None = None,
 ) -> Iterator[Finished]:
     """Prune the planned linears of ``adapter.model`` in place, block by block, in order.
 
     ``windows`` are calibration rows of token ids, this process's share of them where several prune together. ``state``
     goes on with a run whose first blocks are already pruned in the model. With ``low_rank`` every pruned linear gets a
-    branch of that rank, which stays attached to the model (``models.branches``). ``watch`` names modules of a block and
-    who is to see what they are given once the block is pruned. A block whose weights lie on disk is
+    branch of that rank, which stays attached to the model (``models.branches``). A block whose weights lie on disk is
     in memory until the next one is asked for. Raises NumericalError where more than a tenth of the rows turn
     non-finite, ModelError where a block's structure is refused.
     """
-    if method.needs == "nothing" and not low_rank and not watch:  # structure is observed all the same, on a few tokens
+    if method.needs == "nothing" and not low_rank and not beside:  # structure is observed all the same, on a few tokens
         windows = windows[:1, :PROBE_TOKENS]
     first, hidden = state or State(0, first_hidden(adapter, windows, options))
     last = max((i for i, name in enumerate(adapter.block_names) if block_targets(plan, name)), default=-1)
@@ -84,7 +91,9 @@ def prune_blocks(
         work = Work(adapter, index, hidden, block_targets(plan, name), options)
         with at_hand(work.block):
             work.block.to(options.device)
-            error, refined = (None, None) if not work.targets else prune_and_measure(work, method, low_rank, watch)
+            error, refined = (
+                (None, None) if not work.targets else prune_and_measure(work, method, low_rank, beside or Beside())
+            )
             hidden = propagate(work) if not work.targets and index < last else work.hidden
             work.block.to("cpu")
             check_rows(name, len(windows), hidden, options.ranks)
@@ -99,17 +108,16 @@ def first_hidden(adapter: DecoderAdapter, windows: Int[Tensor, "rows S"], option
     return Hidden(options.budget, (adapter.first_hidden(rows).to("cpu") for rows in windows.split(options.batch)))
 
 
-def prune_and_measure(
-    work: Work, method: Method, low_rank: int, watch: Watch | None = None
-) -> tuple[float | None, Refined | None]:
+def prune_and_measure(work: Work, method: Method, low_rank: int, beside: Beside) -> tuple[float | None, Refined | None]:
     """Prune one block, move its hidden states on; the share of its work that is lost, and its FFN's iterates."""
     inputs = work.hidden.parted(ERROR_ROWS)[0]
     sample = [work.run(rows) for rows in inputs]
+    beside.before(work)
     dense = dense_copy(work) if low_rank else None
     refined = prune_one(work, method)
     if dense is not None:
         compensate(work, dense, low_rank)
-    work.hidden = propagate(work, watch(work) if watch else {})
+    work.hidden = propagate(work, beside.watch(work))
     outputs = work.hidden.parted(ERROR_ROWS)[0]
     return (None if work.dropped else lost_work(inputs, sample, outputs)), refined
 

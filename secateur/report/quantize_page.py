@@ -19,6 +19,9 @@ from secateur.report.tables import (
     warning_lines,
 )
 
+CLEARLY = 0.02
+"""Share by which something must be smaller to be called that."""
+
 
 def alternatives(storage: Mapping[str, Any]) -> dict[str, float]:
     """Bytes of the whole model by what else could become of the quantized linears; all else as it is stored."""
@@ -28,9 +31,8 @@ def alternatives(storage: Mapping[str, Any]) -> dict[str, float]:
 def storage_warnings(storage: Mapping[str, Any], others: Mapping[str, float]) -> list[str]:
     """What makes the result a poor bargain."""
     lines = []
-    made = storage["file_bytes"]
-    finer = {name: count for name, count in others.items() if ALTERNATIVES[name] < storage["bits"]}
-    if smaller := [f"{name} {size(count)}" for name, count in finer.items() if count < made]:
+    made = storage["code_bytes"] + storage["side_bytes"] + storage["other_bytes"]
+    if smaller := [f"{name} {size(count)}" for name, count in others.items() if count < (1 - CLEARLY) * made]:
         lines.append(f"smaller than these {size(made)} without any zeros: {', '.join(smaller)}")
     if storage["zeros"]:
         lines.append(
@@ -77,6 +79,7 @@ def quantize_summary(report: Mapping[str, Any]) -> list[RenderableType]:
         f"{percent(zeros['after'] / report['weights'])} after; patterns {', '.join(report['patterns'][:4])}",
         **storage_rows(report["storage"], report["alternatives"]),
         "text": text if data["needed"] else "none: rtn looks at the weights alone",
+        **_balanced(report["balance"], recipe["smooth"]),
         "output error": "not measured"
         if error is None
         else f"{error['mean']:.4f} mean over blocks, {error['last']:.4f} last block (share of a block's work lost)",
@@ -92,3 +95,13 @@ def quantize_summary(report: Mapping[str, Any]) -> list[RenderableType]:
         Text(f"saved to {report['out']}, opened again: every weight comes back, no zero is lost", style="green"),
         command("Next:", *eval_command(report["out"], source, dict(data))),
     ]
+
+
+def _balanced(told: Mapping[str, Any], asked: bool) -> dict[str, str]:
+    """Said only where it was asked for."""
+    if not asked:
+        return {}
+    refused = (
+        f"; not possible at {len(told['refused'])} places, such as {told['refused'][0]}" if told["refused"] else ""
+    )
+    return {"smoothed": f"folded at {told['folded']} places{refused}"}

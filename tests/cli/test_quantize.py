@@ -156,6 +156,40 @@ def test_a_static_scale_is_the_largest_input_of_the_calibration(sparse, text_fil
         assert float(stored[f"{name}.input_scale"]) == pytest.approx(seen / 127, rel=2**-7)
 
 
+@pytest.fixture(scope="module")
+def uneven(sparse, byte_tokenizer, tmp_path_factory):
+    """The sparse model with norms that make some channels of their outputs 40 times as large as others."""
+    model = opened(sparse)
+    for layer in model.model.layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight.data[::16] *= 40
+    path = tmp_path_factory.mktemp("models") / "uneven"
+    model.save_pretrained(path)
+    byte_tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
+def test_smoothing_helps_inputs_that_differ_and_loses_no_zero(activations, run, uneven, text, tmp_path):
+    dense, lost = opened(uneven), {}
+    for smooth in ("--smooth", "--no-smooth"):
+        flags = ["--bits", 8, "--activations", activations, "--method", "rtn", smooth, *text]
+        ran = run("quantize", uneven, *flags, "--out", tmp_path / smooth, "--json")
+        assert ran.code == 0, ran.err
+        assert ran.json["balance"] == {"folded": 6 if smooth == "--smooth" else 0, "refused": []}
+        assert run("inspect", tmp_path / smooth).code == 0
+        lost[smooth] = float((logits(opened(tmp_path / smooth)) - logits(dense)).float().square().mean())
+    assert lost["--smooth"] < 0.7 * lost["--no-smooth"]
+    before, after = load_file(uneven / "model.safetensors"), load_file(tmp_path / "--smooth" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert ((before[name] == 0) <= (after[name] == 0)).all()
+
+
+def test_a_stopped_smoothed_run_goes_on_to_the_same_bytes(run, uneven, text, tmp_path, monkeypatch, files):
+    flags = ["--bits", 8, "--activations", "static", "--smooth", *text]
+    stop_and_go_on(uneven, flags, run, tmp_path, monkeypatch, files)
+
+
 def test_what_is_stored(int4):
     out, _ = int4
     stored = load_file(out / "model.safetensors")
@@ -254,10 +288,13 @@ def test_only_what_is_chosen(run, dense, text, tmp_path):
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(run, sparse, text, tmp_path, monkeypatch, files):
+    stop_and_go_on(sparse, ["--bits", 3, *text], run, tmp_path, monkeypatch, files)
+
+
+def stop_and_go_on(source, flags, run, tmp_path, monkeypatch, files):
     from secateur.pruning.workdir import Workdir
 
-    flags = [*SCHEMES["w8a8 static"], *text]
-    assert run("quantize", sparse, *flags, "--out", tmp_path / "whole").code == 0
+    assert run("quantize", source, *flags, "--out", tmp_path / "whole").code == 0
     keep = Workdir.keep
 
     def killed(self, adapter, plan, finished):
@@ -266,10 +303,10 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(run, sparse, text, tmp_path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(Workdir, "keep", killed)
-        ran = run("quantize", sparse, *flags, "--out", tmp_path / "out")
+        ran = run("quantize", source, *flags, "--out", tmp_path / "out")
     assert ran.code == 130
     assert "keeps 1 finished blocks" in ran.error
-    ran = run("quantize", sparse, *flags, "--out", tmp_path / "out", "--resume", "--json")
+    ran = run("quantize", source, *flags, "--out", tmp_path / "out", "--resume", "--json")
     assert ran.json["resumed_after_blocks"] == 1
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
@@ -330,6 +367,7 @@ REFUSED = {
     "group size no number": (["--group-size", "row"], 2, ["group_size", "'row'"]),
     "asymmetric int8": (["--bits", 8, "--asymmetric"], 2, ["8 bits are symmetric"]),
     "activations of int4": (["--activations", "dynamic"], 2, ["8 bit weights", "--bits 8"]),
+    "smooth without activations": (["--smooth"], 2, ["smooth eases", "--activations"]),
     "unknown method": (["--method", "awq"], 2, ["method", "'awq'", "gptq"]),
     "pattern without joint": (["--pattern", "2:4"], 2, ["gptq keeps the zeros", "--method joint"]),
     "joint without a pattern": (["--method", "joint"], 2, ["needs a sparsity"]),

@@ -1,0 +1,92 @@
+"""Where a block lets difficulty be moved: what feeds a group of linears and can be divided, channel by channel.
+
+Two kinds of places, both found by running the block. A norm whose output is the very tensor that a group of linears
+reads (q, k, v; gate, up): its weight and bias are divided. And of a gated feed-forward network the up projection, whose
+output enters the input of down as a factor. Whether anything else reads what was divided, or the norm uses its weight
+in another way than as a factor (Gemma's 1 + w), shows in the block's output: a fold that moves it is undone.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from secateur.models.grids import DIVISOR, divide
+from secateur.models.layout import TOLERANCE, Layout
+
+
+class Fold(NamedTuple):
+    """A module whose output can be divided, and the linears that read it, by their names in the block."""
+
+    source: str
+    linears: tuple[str, ...]
+
+
+def find_folds(block: nn.Module, layout: Layout, replay: Callable[[], Tensor]) -> list[Fold]:
+    """All of a block, in the order in which they run. ``replay`` runs the block once."""
+    norms = {name: module for name, module in block.named_modules() if is_norm(module)}
+    given: dict[str, Tensor] = {}
+    read: dict[str, Tensor] = {}
+    with _seen(norms, given, output=True), _seen(_readers(block, layout), read, output=False):
+        replay()
+    found = [
+        Fold(name, group.linears)
+        for group in layout.groups
+        for name, tensor in given.items()
+        if read.get(group.linears[0]) is tensor
+    ]
+    form = layout.ffn
+    if form and form.gate and form.gate.linear != form.up.linear:
+        found.append(Fold(form.up.linear, (form.down,)))
+    return found
+
+
+def apply_fold(block: nn.Module, fold: Fold, s: Float[Tensor, " C"], replay: Callable[[], Tensor]) -> bool:
+    """Divide the source by s, multiply the linears' columns; False, and all is as before, where the block notices."""
+    before = replay()
+    _scale(block, fold, s)
+    moved = (replay().float() - before.float()).abs().max() / before.float().abs().max().clamp(min=1e-30)
+    if not float(moved) <= TOLERANCE[before.dtype]:
+        _scale(block, fold, 1 / s)
+        return False
+    block.get_submodule(fold.source).register_buffer(DIVISOR, s.detach().float().clone(), persistent=False)
+    return True
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Something whose parameters all have one axis: it works channel by channel."""
+    parameters = list(module.parameters(recurse=False))
+    return bool(parameters) and not list(module.children()) and all(p.ndim == 1 for p in parameters)
+
+
+@torch.no_grad()
+def _scale(block: nn.Module, fold: Fold, s: Float[Tensor, " C"]) -> None:
+    divide(block.get_submodule(fold.source), s)
+    for name in fold.linears:
+        weight = block.get_submodule(name).get_parameter("weight")
+        weight.detach().mul_(s.to(weight.device, weight.dtype))
+
+
+def _readers(block: nn.Module, layout: Layout) -> dict[str, nn.Module]:
+    return {group.linears[0]: block.get_submodule(group.linears[0]) for group in layout.groups}
+
+
+@contextmanager
+def _seen(modules: dict[str, nn.Module], into: dict[str, Tensor], *, output: bool) -> Iterator[None]:
+    """Note what each module is given, or what it gives."""
+
+    def hook(name: str) -> Callable[..., None]:
+        def see(_: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
+            into[name] = result if output else args[0]
+
+        return see
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
