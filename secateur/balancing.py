@@ -1,16 +1,19 @@
-"""One block balanced before it is quantized: ranges of inputs from one pass, s of every fold, folded and verified.
+"""One block balanced before it is quantized: moments of inputs from one pass, s of every fold, folded and verified.
 
 The block computes what it did, up to the order of rounding, since s are powers of two.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from secateur.core.balance import smoothing
+from secateur.core.balance import searched, smoothing
+from secateur.core.grid import Scheme
+from secateur.core.moments import Gram
 from secateur.models.folds import Fold, apply_fold, find_folds
 from secateur.pruning.work import PROBE_TOKENS, Work
 
@@ -23,6 +26,13 @@ class Balanced:
     """Full names of sources whose fold the block noticed, or whose readers are not all quantized."""
 
 
+class Balance(Protocol):
+    """What is to be known of a fold's inputs, and the s that follows from it."""
+
+    def seen(self, C: int, device: torch.device) -> "Largest | Gram": ...
+    def settle(self, W: Float[Tensor, "R C"], seen: "Largest | Gram") -> Float[Tensor, " C"]: ...
+
+
 @dataclass
 class Largest:
     """The largest |input| of every channel."""
@@ -32,20 +42,52 @@ class Largest:
     def update(self, X: Tensor) -> None:
         self.values = torch.maximum(self.values, X.detach().abs().flatten(0, -2).amax(dim=0).float())
 
+    def mean(self) -> Float[Tensor, " C"]:
+        return self.values
 
-def smoother(strength: float, told: Balanced) -> Callable[[Work], None]:
+
+@dataclass(frozen=True)
+class Smooth:
+    """SmoothQuant, beside 8 bit inputs."""
+
+    strength: float
+    """How much of the inputs' range goes into the weights."""
+
+    def seen(self, C: int, device: torch.device) -> Largest:
+        return Largest(torch.zeros(C, device=device))
+
+    def settle(self, W: Float[Tensor, "R C"], seen: Largest | Gram) -> Float[Tensor, " C"]:
+        return smoothing(seen.mean(), W.abs().amax(dim=0), self.strength)
+
+
+@dataclass(frozen=True)
+class Searched:
+    """AWQ, for weights alone."""
+
+    scheme: Scheme
+    weighted: bool
+    """Whether the solver to come has inputs count in its scales."""
+
+    def seen(self, C: int, device: torch.device) -> Gram:
+        return Gram.zeros(C, device)
+
+    def settle(self, W: Float[Tensor, "R C"], seen: Largest | Gram) -> Float[Tensor, " C"]:
+        return searched(W, seen.mean(), self.scheme, weighted=self.weighted)
+
+
+def balancer(balance: Balance, told: Balanced) -> Callable[[Work], None]:
     """What balances a block; what it refuses is added to ``told``."""
 
-    def smooth(work: Work) -> None:
+    def balanced(work: Work) -> None:
         probe = work.hidden[0][:1, :PROBE_TOKENS]
         name = work.adapter.block_names[work.index]
         folds = find_folds(work.block, work.layout, lambda: work.run(probe))
-        for fold, s in _settled(work, [fold for fold in folds if _planned(work, fold)], strength).items():
+        for fold, s in _settled(work, [fold for fold in folds if _planned(work, fold)], balance).items():
             if apply_fold(work.block, fold, s, lambda: work.run(probe)):
                 folds.remove(fold)
         told.refused += [f"{name}.{fold.source}" for fold in folds]
 
-    return smooth
+    return balanced
 
 
 def _planned(work: Work, fold: Fold) -> bool:
@@ -54,11 +96,11 @@ def _planned(work: Work, fold: Fold) -> bool:
     return all(linear in work.targets for linear in changed)
 
 
-def _settled(work: Work, folds: list[Fold], strength: float) -> dict[Fold, Tensor]:
+def _settled(work: Work, folds: list[Fold], balance: Balance) -> dict[Fold, Tensor]:
     """Each fold with its s."""
     W = {fold: torch.cat([work.adapter.read(work.linear(name)) for name in fold.linears]) for fold in folds}
-    largest = {fold: Largest(torch.zeros_like(W[fold][0])) for fold in folds}
+    seen = {fold: balance.seen(W[fold].shape[1], W[fold].device) for fold in folds}
     with work.forwards("balance"):
-        for _ in work.outputs({work.linear(fold.linears[0]): seen.update for fold, seen in largest.items()}):
+        for _ in work.outputs({work.linear(fold.linears[0]): moments.update for fold, moments in seen.items()}):
             pass
-    return {fold: smoothing(largest[fold].values, W[fold].abs().amax(dim=0), strength) for fold in folds}
+    return {fold: balance.settle(W[fold], seen[fold]) for fold in folds}

@@ -28,6 +28,7 @@ from secateur.core.pattern import Pattern, Unstructured, make_pattern
 from secateur.core.quantizers import GPTQ, QUANTIZERS, RTN, Joint, Quantizer
 
 Method = Literal["rtn", "gptq", "joint"]
+Balance = Literal["none", "smooth", "awq"]
 Activations = Literal["none", "dynamic", "static"]
 GROUPS = (128, 64, 32)
 """What ``auto`` tries below 8 bits, in this order."""
@@ -53,10 +54,11 @@ class QuantizeConfig:
     """Share of zeros, of joint alone. Needed by every pattern but N:M."""
     pattern: str | None = None
     """Where zeros may lie, of joint alone: unstructured, row, N:M (N kept of every M) or block:RxC."""
-    smooth: bool = False
-    """Move the range of 8 bit inputs into the weights first, folded into norms (SmoothQuant). Zeros are kept."""
+    balance: Balance = "none"
+    """What is moved between weights and their inputs first, folded into norms: smooth (SmoothQuant) beside 8 bit
+    activations, awq beside none. Zeros are kept."""
     strength: float = 0.5
-    """How much of it ``smooth`` moves: 0 evens out the weights, 1 the inputs."""
+    """How much of the inputs' range ``smooth`` moves: 0 evens out the weights, 1 the inputs."""
     damp: float = 0.01
     """Ridge added to H, as a fraction of mean(diag H), in gptq and joint."""
     data: str = "c4"
@@ -90,8 +92,12 @@ class QuantizeConfig:
         self.scheme(self.group_size if self.group_size != "auto" else ("channel" if self.bits == 8 else GROUPS[0]))
         if self.activations != "none" and self.bits != 8:
             raise ValueError(f"{self.activations} activations go with 8 bit weights, got {self.bits}; use --bits 8")
-        if self.smooth and self.activations == "none":
-            raise ValueError("smooth eases the rounding of inputs, and none are rounded; give --activations")
+        if self.balance == "smooth" and self.activations == "none":
+            raise ValueError(
+                "smooth eases the rounding of inputs, and none are rounded; give --activations, or take awq"
+            )
+        if self.balance == "awq" and self.activations != "none":
+            raise ValueError("awq eases the rounding of weights alone; beside 8 bit activations take smooth")
         if not 0 <= self.strength <= 1:
             raise ValueError(f"strength is a share, in [0, 1]; got {self.strength}")
         self._check_pattern()
@@ -122,7 +128,7 @@ class QuantizeConfig:
     @property
     def needs_text(self) -> bool:
         """Whether anything but the weights decides."""
-        return self.method != "rtn" or self.activations == "static" or self.smooth
+        return self.method != "rtn" or self.activations == "static" or self.balance != "none"
 
     def scheme(self, group_size: int | str, scales: torch.dtype = torch.float32) -> Scheme:
         """How matrices are quantized, once the group size is settled."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from secateur.balancing import Balanced, smoother
+from secateur.balancing import Balanced, Searched, Smooth, balancer
 from secateur.config import dump_recipe
 from secateur.core.grid import Scheme
 from secateur.core.packing import from_bits, to_bits
@@ -177,8 +177,11 @@ class QuantizeRun:
     def beside(self) -> Beside | None:
         """What else happens to a block: balanced before its solves, its inputs watched behind them."""
         beside = Beside()
-        if self.config.smooth:
-            beside = beside._replace(before=smoother(self.config.strength, self.balanced))
+        if self.config.balance != "none":
+            weighted = self.config.method != "rtn"
+            smooth = self.config.balance == "smooth"
+            balance = Smooth(self.config.strength) if smooth else Searched(self.scheme, weighted)
+            beside = beside._replace(before=balancer(balance, self.balanced))
         if self.config.activations == "static":
             beside = beside._replace(watch=watch_inputs)
         return None if beside == Beside() else beside

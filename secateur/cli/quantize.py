@@ -16,7 +16,7 @@ from secateur.cli.recipe_options import merged
 @click.option("--symmetric/--asymmetric", default=None, help="Without or with zero points; zeros are kept either way.")
 @click.option("--activations", help="none, dynamic or static 8 bit inputs, at 8 bits.  [default: none]")
 @click.option("--method", help="rtn, gptq, or joint, which prunes in the same pass.  [default: gptq]")
-@click.option("--smooth/--no-smooth", default=None, help="Move the range of 8 bit inputs into the weights first.")
+@click.option("--balance", help="smooth (beside 8 bit activations), awq (beside none) or none.  [default: none]")
 @click.option("--sparsity", type=float, help="Share of zeros that joint makes, 0.5 for 50 %.")
 @click.option("--pattern", help="What joint makes: unstructured, row, N:M (N KEPT of every M) or block:RxC.")
 @click.option("--data", help=f"Calibration text: {DATA_HELP}  [default: c4]")

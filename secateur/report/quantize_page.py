@@ -79,7 +79,7 @@ def quantize_summary(report: Mapping[str, Any]) -> list[RenderableType]:
         f"{percent(zeros['after'] / report['weights'])} after; patterns {', '.join(report['patterns'][:4])}",
         **storage_rows(report["storage"], report["alternatives"]),
         "text": text if data["needed"] else "none: rtn looks at the weights alone",
-        **_balanced(report["balance"], recipe["smooth"]),
+        **_balanced(report["balance"], recipe["balance"]),
         "output error": "not measured"
         if error is None
         else f"{error['mean']:.4f} mean over blocks, {error['last']:.4f} last block (share of a block's work lost)",
@@ -97,11 +97,11 @@ def quantize_summary(report: Mapping[str, Any]) -> list[RenderableType]:
     ]
 
 
-def _balanced(told: Mapping[str, Any], asked: bool) -> dict[str, str]:
+def _balanced(told: Mapping[str, Any], kind: str) -> dict[str, str]:
     """Said only where it was asked for."""
-    if not asked:
+    if kind == "none":
         return {}
     refused = (
         f"; not possible at {len(told['refused'])} places, such as {told['refused'][0]}" if told["refused"] else ""
     )
-    return {"smoothed": f"folded at {told['folded']} places{refused}"}
+    return {"balanced": f"{kind}, folded at {told['folded']} places{refused}"}

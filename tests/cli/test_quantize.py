@@ -172,21 +172,32 @@ def uneven(sparse, byte_tokenizer, tmp_path_factory):
 @pytest.mark.parametrize("activations", ["dynamic", "static"])
 def test_smoothing_helps_inputs_that_differ_and_loses_no_zero(activations, run, uneven, text, tmp_path):
     dense, lost = opened(uneven), {}
-    for smooth in ("--smooth", "--no-smooth"):
-        flags = ["--bits", 8, "--activations", activations, "--method", "rtn", smooth, *text]
-        ran = run("quantize", uneven, *flags, "--out", tmp_path / smooth, "--json")
+    for balance, folded in (("smooth", 6), ("none", 0)):
+        flags = ["--bits", 8, "--activations", activations, "--method", "rtn", "--balance", balance, *text]
+        ran = run("quantize", uneven, *flags, "--out", tmp_path / balance, "--json")
         assert ran.code == 0, ran.err
-        assert ran.json["balance"] == {"folded": 6 if smooth == "--smooth" else 0, "refused": []}
-        assert run("inspect", tmp_path / smooth).code == 0
-        lost[smooth] = float((logits(opened(tmp_path / smooth)) - logits(dense)).float().square().mean())
-    assert lost["--smooth"] < 0.7 * lost["--no-smooth"]
-    before, after = load_file(uneven / "model.safetensors"), load_file(tmp_path / "--smooth" / "model.safetensors")
+        assert ran.json["balance"] == {"folded": folded, "refused": []}
+        assert run("inspect", tmp_path / balance).code == 0
+        lost[balance] = float((logits(opened(tmp_path / balance)) - logits(dense)).float().square().mean())
+    assert lost["smooth"] < 0.7 * lost["none"]
+    before, after = load_file(uneven / "model.safetensors"), load_file(tmp_path / "smooth" / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
     assert ((before[name] == 0) <= (after[name] == 0)).all()
 
 
-def test_a_stopped_smoothed_run_goes_on_to_the_same_bytes(run, uneven, text, tmp_path, monkeypatch, files):
-    flags = ["--bits", 8, "--activations", "static", "--smooth", *text]
+def test_awq_helps_inputs_that_differ_and_loses_no_zero(run, uneven, text, tmp_path):
+    dense, lost = opened(uneven), {}
+    for balance in ("awq", "none"):
+        flags = ["--group-size", 32, "--method", "rtn", "--balance", balance, *text]
+        ran = run("quantize", uneven, *flags, "--out", tmp_path / balance, "--json")
+        assert ran.code == 0, ran.err
+        assert run("inspect", tmp_path / balance).code == 0
+        lost[balance] = float((logits(opened(tmp_path / balance)) - logits(dense)).float().square().mean())
+    assert lost["awq"] < 0.9 * lost["none"]
+
+
+def test_a_balanced_run_that_was_stopped_goes_on_to_the_same_bytes(run, uneven, text, tmp_path, monkeypatch, files):
+    flags = ["--bits", 8, "--activations", "static", "--balance", "smooth", *text]
     stop_and_go_on(uneven, flags, run, tmp_path, monkeypatch, files)
 
 
@@ -367,7 +378,12 @@ REFUSED = {
     "group size no number": (["--group-size", "row"], 2, ["group_size", "'row'"]),
     "asymmetric int8": (["--bits", 8, "--asymmetric"], 2, ["8 bits are symmetric"]),
     "activations of int4": (["--activations", "dynamic"], 2, ["8 bit weights", "--bits 8"]),
-    "smooth without activations": (["--smooth"], 2, ["smooth eases", "--activations"]),
+    "smooth without activations": (["--balance", "smooth"], 2, ["smooth eases", "--activations"]),
+    "awq beside activations": (
+        ["--bits", 8, "--activations", "static", "--balance", "awq"],
+        2,
+        ["awq eases", "take smooth"],
+    ),
     "unknown method": (["--method", "awq"], 2, ["method", "'awq'", "gptq"]),
     "pattern without joint": (["--pattern", "2:4"], 2, ["gptq keeps the zeros", "--method joint"]),
     "joint without a pattern": (["--method", "joint"], 2, ["needs a sparsity"]),

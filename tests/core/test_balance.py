@@ -1,8 +1,11 @@
 """Balancing: powers of two, ranges evened out, and less lost in rounding inputs whose channels differ."""
 
+import pytest
 import torch
 
-from secateur.core.balance import power_of_two, smoothing
+from secateur.core.balance import power_of_two, searched, smoothing
+from secateur.core.grid import Scheme, fit_grid, on_grid
+from secateur.core.solver import relative_error
 
 
 def test_powers_of_two():
@@ -33,3 +36,27 @@ def test_smoothed_inputs_lose_less_on_an_8_bit_grid():
         W, X = outliers(seed)
         s = smoothing(X.abs().amax(dim=0), W.abs().amax(dim=0))
         assert loss(X / s, W * s) < 0.5 * loss(X, W)
+
+
+@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(3, 32), Scheme(3, 64, False)], ids=Scheme.words)
+def test_searched_scales_never_lose_more_than_none(scheme):
+    def lost(W, s, H):
+        return relative_error(W, on_grid(W * s, fit_grid(W * s, scheme, H.diagonal() / s.square()), scheme) / s, H)
+
+    before, after = [], []
+    for seed in range(4):
+        W, X = outliers(seed)
+        X *= torch.logspace(-1, 1, 64)[torch.randperm(64, generator=torch.Generator().manual_seed(seed))]
+        H = X.T @ X / len(X)
+        s = searched(W, H, scheme)
+        assert torch.equal(s, power_of_two(s))
+        before.append(lost(W, torch.ones(64), H))
+        after.append(lost(W, s, H))
+    assert all(a <= b for a, b in zip(after, before, strict=True))
+    assert sum(after) < sum(before)
+
+
+def test_where_there_is_nothing_to_gain_nothing_is_scaled():
+    W, _ = outliers(0)
+    assert (searched(W, torch.eye(64), Scheme(4, 32)) == 1).all()
+    assert (searched(W, torch.zeros(64, 64), Scheme(4, 32)) == 1).all()
