@@ -64,14 +64,19 @@ def _rate(count: int, spent: float) -> float | None:
 
 
 def alternatives(sizes: Sizes) -> dict[str, float]:
-    """Bytes of the whole model by what else could become of the pruned matrices; the rest at 16 bit, as in a plan."""
+    """Bytes of the whole model by what else could become of the pruned matrices; the rest at 16 bit, as in a plan.
+
+    None of a quantized model: how many weights its codes are is for ``inspect`` to say, of what was packed.
+    """
+    if sizes.codes.tensors:
+        return {}
     rest = (sizes.whole.elements - sizes.sparse.elements) * 2
     return {name: rest + sizes.sparse.elements * bits / 8 for name, bits in ALTERNATIVES.items()}
 
 
 def warnings(sizes: Sizes, others: dict[str, float]) -> list[str]:
     """What makes the result a poor bargain."""
-    if not sizes.sparse.tensors:
+    if not sizes.sparse.tensors and not sizes.codes.tensors:
         return ["no floating-point matrix is sparse: what was saved is compression of dense numbers, prune first"]
     smaller = [f"{name} {size(count)}" for name, count in others.items() if count < sizes.packed_bytes]
     if not smaller:

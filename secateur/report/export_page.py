@@ -16,7 +16,8 @@ def export_page(told: dict[str, Any]) -> list[RenderableType]:
         "sparse": f"{sparse['tensors']} of {whole['tensors']} tensors, {sparse['elements']:,} weights,"
         f" {size(sparse['dense_bytes'])} to {size(sparse['packed_bytes'])}",
         "bits per weight": _bits(told["bits_per_weight"], told["codes"]["tensors"]),
-        "instead": ", ".join(f"{name} {size(count)}" for name, count in told["alternatives"].items()),
+        "instead": ", ".join(f"{name} {size(count)}" for name, count in told["alternatives"].items())
+        or f"see `secateur inspect {told['source']}`",
         "time": ", ".join(f"{name} {seconds(spent)} ({_rate(rates[name])})" for name, spent in told["seconds"].items()),
     }
     return [

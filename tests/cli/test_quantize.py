@@ -324,7 +324,10 @@ def stop_and_go_on(source, flags, run, tmp_path, monkeypatch, files):
 
 def test_packed_for_a_download_and_back(int4, run, tmp_path):
     out, _ = int4
-    assert run("export", out, "--to", "sparse-safetensors", "--out", tmp_path / "packed").code == 0
+    ran = run("export", out, "--to", "sparse-safetensors", "--out", tmp_path / "packed")
+    assert ran.code == 0, ran.err
+    assert "prune first" not in ran.out
+    assert f"see `secateur inspect {out}`" in ran.out
     inspected = run("inspect", tmp_path / "packed", "--json")
     assert inspected.code == 0, inspected.err
     assert inspected.json["quantized"]["bits"] == 4
