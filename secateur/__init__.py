@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from secateur.api import evaluate, load_pruned, prune, quantize, train
     from secateur.config import PruneConfig
     from secateur.export.directory import load_packed
-    from secateur.exports import export_to, unpack
+    from secateur.export.sparse24 import load_sparse
+    from secateur.exports import ExportOptions, export_to, unpack
     from secateur.planning import PlanReport, plan
     from secateur.quantize_config import QuantizeConfig
     from secateur.train_config import TrainConfig
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "ExportOptions",
     "PlanReport",
     "PruneConfig",
     "QuantizeConfig",
@@ -32,6 +34,7 @@ __all__ = [
     "export_to",
     "load_packed",
     "load_pruned",
+    "load_sparse",
     "plan",
     "prune",
     "quantize",
@@ -40,6 +43,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ExportOptions": "secateur.exports",
     "PruneConfig": "secateur.config",
     "PlanReport": "secateur.planning",
     "QuantizeConfig": "secateur.quantize_config",
@@ -48,6 +52,7 @@ _HOMES = {
     "export_to": "secateur.exports",
     "load_packed": "secateur.export.directory",
     "load_pruned": "secateur.api",
+    "load_sparse": "secateur.export.sparse24",
     "plan": "secateur.planning",
     "prune": "secateur.api",
     "quantize": "secateur.api",

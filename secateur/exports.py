@@ -7,39 +7,125 @@
 A share says nothing by itself: the same weights could have been quantized instead. What that takes stands beside it.
 """
 
+import math
 import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from secateur.export.directory import unpack_directory
+import torch
+
+from secateur.data.sources import read_texts
+from secateur.data.tokens import check_seq_len, eval_windows, sample_windows, tokenize
+from secateur.errors import UsageError
+from secateur.evaluation.perplexity import window_losses
+from secateur.export.directory import pack_directory, unpack_directory
+from secateur.export.openvino import OpenVINOOptions, Texts, export_openvino
 from secateur.export.sizes import Sizes
-from secateur.export.targets import target_named
+from secateur.export.sparse24 import export_sparse24
+from secateur.export.targets import check_target
+from secateur.models.load import Loaded
+from secateur.models.openvino import lacks_amx
 from secateur.report.facts import Stopwatch
 from secateur.report.progress import Progress
 from secateur.report.runtimes import ALTERNATIVES
 from secateur.report.tables import size
 
 Path_ = str | os.PathLike[str]
+LOST = 0.05
+"""Log-perplexity above the original's from which on int8 is warned of."""
 
 
-def export_to(directory: Path_, target: str, out: Path_, *, progress: Progress | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ExportOptions:
+    """What only some targets ask for."""
+
+    data: str = "embedded"
+    """Text that calibrates and checks an int8 graph, as in ``PruneConfig``."""
+    samples: int = 32
+    """Windows that calibrate."""
+    held_out: int = 8
+    """Windows that check, of the text's evaluation part."""
+    seq_len: int = 512
+    """Tokens of a window; never more than the model's context."""
+    seed: int = 0
+    openvino: OpenVINOOptions = field(default_factory=OpenVINOOptions)
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "held_out"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} {getattr(self, name)}; wanted at least 1")
+
+
+def export_to(
+    directory: Path_, target: str, out: Path_, options: ExportOptions | None = None, *, progress: Progress | None = None
+) -> dict[str, Any]:
     """Write `directory` as `target` to `out`, a directory that does not exist yet, and read it back.
 
-    UsageError for an unknown target or an occupied `out`; ArtefactError for a directory that is not sound.
+    UsageError for an unknown target, one that does not fit, or an occupied `out`; ArtefactError for a directory that is
+    not sound; DeviceError where something is not installed.
     """
+    check_target(target)
     watch = Stopwatch(progress)
-    sizes = target_named(target)(Path(directory), Path(out), watch)
+    told = WRITERS[target](os.fspath(directory), Path(out), options or ExportOptions(), watch)
+    seconds = watch.seconds
+    rates = {name: _rate(told["dense_bytes"], spent) for name, spent in seconds.items()}
+    places = {"target": target, "source": os.fspath(directory), "out": os.fspath(out)}
+    return {**places, **told, "seconds": seconds, "bytes_per_second": rates}
+
+
+def _packed(source: str, out: Path, options: ExportOptions, watch: Stopwatch) -> dict[str, Any]:
+    sizes = pack_directory(Path(source), out, watch)
     others = alternatives(sizes)
-    return {
-        "target": target,
-        "source": os.fspath(directory),
-        "out": os.fspath(out),
-        **sizes.to_dict(),
-        "alternatives": others,
-        "warnings": warnings(sizes, others),
-        "seconds": watch.seconds,
-        "bytes_per_second": {name: _rate(sizes.dense_bytes, spent) for name, spent in watch.seconds.items()},
-    }
+    return {**sizes.to_dict(), "alternatives": others, "warnings": warnings(sizes, others)}
+
+
+def _two_of_four(source: str, out: Path, options: ExportOptions, watch: Stopwatch) -> dict[str, Any]:
+    return {**export_sparse24(Path(source), out, watch), "warnings": []}
+
+
+def _openvino(source: str, out: Path, options: ExportOptions, watch: Stopwatch) -> dict[str, Any]:
+    told = export_openvino(source, out, options.openvino, lambda loaded: _texts(loaded, options), _loss, watch)
+    nll = told["nll"]
+    gap = nll["openvino"] - nll["torch"]
+    perplexity = {name: _exp(nll[name]) for name in ("torch", "openvino")}
+    said = [lacks_amx()]
+    said.append(f"int8 costs {gap:+.3f} of log-perplexity" if not gap < LOST else None)
+    said.append(None if told["packed"] else "no matrix has enough zeros to be packed: sparse kernels stay off")
+    text = {"name": options.data, "samples": options.samples, "seq_len": nll["windows"][1]}
+    return {**told, "text": text, "perplexity": perplexity, "gap": gap, "warnings": [line for line in said if line]}
+
+
+def _exp(nll: float) -> float:
+    return math.exp(nll) if nll < 700 else math.inf
+
+
+def _texts(loaded: Loaded, options: ExportOptions) -> Texts:
+    """Windows that calibrate, at random, and others that check."""
+    context = getattr(loaded.model.config, "max_position_embeddings", None) or options.seq_len
+    seq_len = min(options.seq_len, context)
+    check_seq_len(seq_len, context)
+    tokens, held = (
+        tokenize(read_texts(options.data, part), loaded.tokenizer) for part in ("calibration", "evaluation")
+    )
+    generator = torch.Generator().manual_seed(options.seed)
+    return Texts(
+        sample_windows(tokens, options.samples, seq_len, generator), eval_windows(held, seq_len, options.held_out)
+    )
+
+
+def _loss(model: Any, windows: torch.Tensor) -> float:
+    losses = [window_losses(model, ids) for ids in windows.split(1)]
+    return float(torch.cat(losses).mean())
+
+
+WRITERS: dict[str, Callable[[str, Path, ExportOptions, Stopwatch], dict[str, Any]]] = {
+    "sparse-safetensors": _packed,
+    "openvino": _openvino,
+    "torch-2:4": _two_of_four,
+}
+"""What each target of ``export.targets`` runs."""
 
 
 def unpack(directory: Path_, out: Path_, *, progress: Progress | None = None) -> dict[str, Any]:

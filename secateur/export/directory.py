@@ -58,7 +58,7 @@ def pack_directory(source: Path, out: Path, watch: Watch) -> Sizes:
     """
     names = dense_names(source)
     sizes = {name: (source / name).stat().st_size for name in names}
-    with _rebuilt(source, out, names) as stage:
+    with rebuilt(source, out, names) as stage:
         with watch.stage("pack"):
             for name, done in _counted(sizes, watch):
                 pack_file(source / name, stage / _packed(name), done)
@@ -76,7 +76,7 @@ def unpack_directory(source: Path, out: Path, watch: Watch) -> int:
     """
     files = packed_files(source)
     sizes = {file.path.name: file.dense.file_bytes for file in files}
-    with _rebuilt(source, out, list(sizes)) as stage:
+    with rebuilt(source, out, list(sizes)) as stage:
         needed, free = sum(sizes.values()), shutil.disk_usage(stage).free
         if needed > free:
             raise ArtefactError(f"{source} unpacks to {needed:,} bytes, {free:,} are free at {out}; free some")
@@ -134,7 +134,7 @@ def _indexed(index: Path) -> set[str]:
 
 
 @contextmanager
-def _rebuilt(source: Path, out: Path, without: list[str]) -> Iterator[Path]:
+def rebuilt(source: Path, out: Path, without: list[str]) -> Iterator[Path]:
     """What becomes `out`: a copy of everything in `source` but the files named, which the caller writes anew."""
     if out.resolve().is_relative_to(source.resolve()):
         raise UsageError(f"{out} lies inside {source}; choose a directory beside it")

@@ -1,18 +1,15 @@
-"""The table behind ``secateur export --to``."""
-
-from collections.abc import Callable
-from pathlib import Path
+"""What ``secateur export --to`` can write: names, and what they are in one line each."""
 
 from secateur.errors import UsageError
-from secateur.export.directory import Watch, pack_directory
-from secateur.export.sizes import Sizes
 
-TARGETS: dict[str, Callable[[Path, Path, Watch], Sizes]] = {"sparse-safetensors": pack_directory}
-"""What a directory can be written as: each writes all of OUT or nothing."""
+TARGETS = {
+    "sparse-safetensors": "a lossless download: a mask, what is not zero, zstd; `secateur unpack` undoes it",
+    "openvino": "int8 weights and activations for OpenVINO on CPUs, zeros packed where the processor has AMX",
+    "torch-2:4": "2:4 matrices in 9/16 of their size, for sparse tensor cores of NVIDIA GPUs",
+}
 
 
-def target_named(name: str) -> Callable[[Path, Path, Watch], Sizes]:
+def check_target(name: str) -> None:
     """UsageError for a name that is not in the table."""
     if name not in TARGETS:
         raise UsageError(f"unknown target {name!r}; there is {', '.join(TARGETS)}")
-    return TARGETS[name]

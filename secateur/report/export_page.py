@@ -1,5 +1,6 @@
 """What ``secateur export`` and ``secateur unpack`` print."""
 
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import RenderableType
@@ -9,8 +10,20 @@ from secateur.report.tables import command, facts, percent, seconds, size
 
 
 def export_page(told: dict[str, Any]) -> list[RenderableType]:
-    """All of what ``exports.export_to`` returns, and the command that undoes it."""
-    sparse, whole, rates = told["sparse"], told["whole"], told["bytes_per_second"]
+    """All of what ``exports.export_to`` returns, and the command that goes on from there."""
+    rows, *after = PAGES[told["target"]](told)
+    rows["time"] = ", ".join(
+        f"{name} {seconds(spent)} ({_rate(told['bytes_per_second'][name])})" for name, spent in told["seconds"].items()
+    )
+    return [
+        *facts(f"{told['source']} as {told['target']}", rows),
+        *(Text(f"warning: {line}", style="yellow") for line in told["warnings"]),
+        *after,
+    ]
+
+
+def _sparse_safetensors(told: dict[str, Any]) -> tuple[Any, ...]:
+    sparse, whole = told["sparse"], told["whole"]
     rows = {
         "safetensors": f"{size(told['dense_bytes'])} to {size(told['packed_bytes'])}, {percent(told['share'])}",
         "sparse": f"{sparse['tensors']} of {whole['tensors']} tensors, {sparse['elements']:,} weights,"
@@ -18,14 +31,59 @@ def export_page(told: dict[str, Any]) -> list[RenderableType]:
         "bits per weight": _bits(told["bits_per_weight"], told["codes"]["tensors"]),
         "instead": ", ".join(f"{name} {size(count)}" for name, count in told["alternatives"].items())
         or f"see `secateur inspect {told['source']}`",
-        "time": ", ".join(f"{name} {seconds(spent)} ({_rate(rates[name])})" for name, spent in told["seconds"].items()),
     }
-    return [
-        *facts(f"{told['source']} as {told['target']}", rows),
-        *(Text(f"warning: {line}", style="yellow") for line in told["warnings"]),
+    return (
+        rows,
         Text(f"saved to {told['out']}, read back: every tensor is the original's, bit for bit", style="green"),
         command("Next:", "secateur", "unpack", told["out"], "--out", f"{told['out']}-unpacked"),
-    ]
+    )
+
+
+def _openvino(told: dict[str, Any]) -> tuple[Any, ...]:
+    text, perplexity, greedy = told["text"], told["perplexity"], told["greedy"]
+    mean = sum(row["sparsity"] for row in told["linears"]) / len(told["linears"])
+    rows = {
+        "files": f"{size(told['model_bytes'])}, {size(told['dense_bytes'])} in 16 bit: zeros are stored, and packed"
+        " when the model is compiled",
+        "bits per weight": f"{8 * told['model_bytes'] / told['parameters']:.2f} in all",
+        "linears": f"{len(told['linears'])}, {percent(mean)} zero; {told['packed']} to be packed {told['properties']}",
+        "kernels": f"{kernels(told['kernels'])} on this machine",
+        "perplexity": f"{perplexity['torch']:.4g} in float32, {perplexity['openvino']:.4g} here"
+        f" ({told['gap']:+.3f} in log), {told['nll']['windows'][0]} x {text['seq_len']} tokens of {text['name']}",
+        "greedy tokens": f"{greedy['same']} of {greedy['tokens']} as torch's before the first other one",
+        "logits": f"{told['logits_apart']:.1e} of the largest beside the same int8 in torch, at once and step by step",
+        "tokenizer": told["tokenizer"],
+    }
+    return (
+        rows,
+        Text(f"saved to {told['out']}, opened again", style="green"),
+        command("Next:", "secateur", "bench", "DENSE-AS-OPENVINO", told["out"]),
+    )
+
+
+def _two_of_four(told: dict[str, Any]) -> tuple[Any, ...]:
+    rows = {
+        "safetensors": f"{size(told['dense_bytes'])} to {size(told['packed_bytes'])}, {percent(told['share'])}",
+        "2:4": f"{len(told['matrices'])} matrices",
+    }
+    code = f"model, report = secateur.load_sparse({told['out']!r})"
+    return (
+        rows,
+        Text(f"saved to {told['out']}, read back: every weight is the original's", style="green"),
+        Text.assemble(("On a GPU:  ", "bold"), (code, "cyan")),
+    )
+
+
+PAGES: dict[str, Callable[[dict[str, Any]], tuple[Any, ...]]] = {
+    "sparse-safetensors": _sparse_safetensors,
+    "openvino": _openvino,
+    "torch-2:4": _two_of_four,
+}
+"""By target: the rows, then the lines below them."""
+
+
+def kernels(picked: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in picked.items())
 
 
 def _bits(bits: dict[str, float | None], codes: int) -> str:

@@ -1,0 +1,152 @@
+"""Linears of a torch model in int8, weights and inputs, with scales from calibration: what an exported graph computes.
+
+``Int8Linear`` is the arithmetic of ``core.int8`` written with the operations that converters know. OpenVINO recognises
+them and multiplies integers; in torch the same module is the reference that the converted graph is compared with.
+Embeddings and head keep float inputs, their weights are int8 per row.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from secateur.core.int8 import LEVELS, Extremes, balance, input_step, row_codes
+from secateur.errors import ModelError
+from secateur.models.adapter import DecoderAdapter
+
+PACKED_SIDE = 64
+"""OpenVINO packs matrices both of whose sides this divides."""
+
+
+@dataclass(frozen=True)
+class Int8Record:
+    """What became of one linear."""
+
+    name: str
+    shape: tuple[int, int]
+    sparsity: float
+    """Share of codes that are 0; at least that of zero weights."""
+    packable: bool
+    """Both sides fit OpenVINO's sparse kernels."""
+
+
+class Int8Linear(nn.Module):
+    """y = codes * scale @ (x / divide, rounded to 256 steps)."""
+
+    def __init__(
+        self, W: Float[Tensor, "R C"], bias: Tensor | None, divide: Float[Tensor, " C"], step: float, zero: int
+    ):
+        super().__init__()
+        codes, scale = row_codes(W * divide)
+        self.codes, self.scale, self.inverse = (nn.Buffer(tensor) for tensor in (codes, scale, 1 / divide))
+        self.bias = None if bias is None else nn.Buffer(bias.detach().clone())
+        self.step, self.zero = step, zero
+
+    def forward(self, x: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch R"]:
+        x = torch.fake_quantize_per_tensor_affine(x * self.inverse, self.step, self.zero, 0, LEVELS)
+        return F.linear(x, self.codes.to(x.dtype) * self.scale, self.bias)
+
+
+class Int8Table(nn.Module):
+    """An embedding, or a head that may share its numbers: weights int8 per row, everything else as it was."""
+
+    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None = None, *, looks_up: bool):
+        super().__init__()
+        self.codes, self.scale, self.bias, self.looks_up = codes, scale, bias, looks_up
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.looks_up:
+            return F.embedding(x, self.codes).to(self.scale.dtype) * F.embedding(x, self.scale)
+        return F.linear(x, self.codes.to(x.dtype) * self.scale, self.bias)
+
+
+@torch.inference_mode()
+def calibrate(model: PreTrainedModel, windows: Iterable[Int64[Tensor, "B S"]]) -> dict[str, Extremes]:
+    """Extremes of the input columns of every linear in the blocks. ModelError for blocks with routed experts."""
+    linears = _linears(model)
+    found = {name: Extremes.zeros(_weight(linear).shape[1]) for name, linear in linears.items()}
+    with _watched(linears, found):
+        for ids in windows:
+            model(input_ids=ids, use_cache=False)
+    return found
+
+
+def to_int8(model: PreTrainedModel, seen: dict[str, Extremes], share: float) -> list[Int8Record]:
+    """Replace every calibrated linear, embedding and head of a float32 model, in place. ``share`` as in `balance`."""
+    records = []
+    for names in _sharing(seen):
+        linears = [model.get_submodule(name) for name in names]
+        weights = torch.stack([_weight(linear).abs().amax(0) for linear in linears]).amax(0)
+        extremes = seen[names[0]]
+        divide = balance(extremes.peak, weights, share)
+        step, zero = input_step(float((extremes.low / divide).min()), float((extremes.high / divide).max()))
+        for name, linear in zip(names, linears, strict=True):
+            new = Int8Linear(_weight(linear), linear.bias, divide, step, zero)  # pyright: ignore[reportArgumentType]
+            model.set_submodule(name, new)
+            records.append(_record(name, new.codes))
+    _tables_to_int8(model)
+    return records
+
+
+def _record(name: str, codes: Tensor) -> Int8Record:
+    rows, columns = codes.shape
+    sparsity = 1 - int(codes.count_nonzero()) / codes.numel()
+    return Int8Record(name, (rows, columns), sparsity, rows % PACKED_SIDE == columns % PACKED_SIDE == 0)
+
+
+def _tables_to_int8(model: PreTrainedModel) -> None:
+    """Embedding and head where they are the plain ones; whoever scales what it looks up keeps its float numbers."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    made: dict[int, tuple[Tensor, Tensor]] = {}
+    for module, kind in ((embedding, nn.Embedding), (head, nn.Linear)):
+        if type(module) is not kind:
+            continue
+        weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
+        codes, scale = made.setdefault(weight.data_ptr(), tuple(map(nn.Buffer, row_codes(weight.detach()))))  # pyright: ignore[reportArgumentType]
+        bias = getattr(module, "bias", None)
+        table = Int8Table(codes, scale, bias, looks_up=kind is nn.Embedding)
+        model.set_submodule(names[id(module)], table)
+
+
+def _linears(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """By full name, of all blocks, in order."""
+    adapter = DecoderAdapter(model)
+    if any(adapter.experts(block) for block in adapter.blocks):
+        raise ModelError("blocks with routed experts cannot be exported as W8A8 yet; take sparse-safetensors")
+    names = {id(module): name for name, module in model.named_modules()}
+    return {names[id(one)]: one for block in adapter.blocks for one in adapter.linears(block).values()}  # pyright: ignore[reportReturnType]
+
+
+def _weight(linear: nn.Module) -> Float[Tensor, "R C"]:
+    """(out, in), whatever the module stores."""
+    weight: Tensor = linear.weight  # pyright: ignore[reportAssignmentType]
+    return weight.detach().T if isinstance(linear, Conv1D) else weight.detach()
+
+
+@contextmanager
+def _watched(linears: dict[str, nn.Module], into: dict[str, Extremes]) -> Iterator[None]:
+    def note(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        into[name].update(args[0])
+
+    hooks = [linear.register_forward_pre_hook(partial(note, name)) for name, linear in linears.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _sharing(seen: dict[str, Extremes]) -> list[list[str]]:
+    """Linears that read one tensor: to the bit the same extremes in every column. They are balanced together."""
+    groups: dict[bytes, list[str]] = {}
+    for name, extremes in seen.items():
+        groups.setdefault(torch.cat([extremes.low, extremes.high]).numpy().tobytes(), []).append(name)
+    return list(groups.values())

@@ -1,0 +1,198 @@
+"""A pruned directory as OpenVINO IR with int8 weights and int8 activations: what its sparse kernels multiply.
+
+Only W8A8 pays there: weight-only int8 and bf16 accept the sparse property and ignore it. Scales of activations are
+fixed by calibration; weights are rounded to the nearest per row after balancing (``core.int8``), so zeros stay zeros.
+The int8 model is built in torch first, which is the reference: the saved graph must give its logits, in one go and step
+by step, but for roundings that fall the other way. What int8 costs against the original is measured too, as the graph
+runs by default, and reported.
+
+Memory: the model in float32, a quarter of that for codes, and OpenVINO's copies while it converts and compiles.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from secateur.errors import ArtefactError, UsageError
+from secateur.export.directory import Watch, dense_names
+from secateur.export.int8 import Int8Record, calibrate, to_int8
+from secateur.export.openvino_graph import convert
+from secateur.models.branches import FOLDER
+from secateur.models.caches import cache_argument
+from secateur.models.load import Loaded, load
+from secateur.models.openvino import MODEL, RUNTIME, SPARSE_RATE, VERSION, WEIGHTS, OpenVINOModel, lacks_amx, openvino
+from secateur.models.save import OWN, refuse_occupied, staged
+
+TOLERANCE = 0.05
+"""Largest difference of logits between graph and torch, relative to the largest: int8 steps that fall the other way."""
+SAME_TEXT = 64
+"""Tokens on which the two are compared."""
+GREEDY = 32
+"""Tokens that are generated to be compared."""
+HOW = "ov.Core().compile_model('openvino_model.xml', 'CPU', json.load(open('openvino_runtime.json'))['properties'])"
+
+Measure = Callable[[Any, Int64[Tensor, "n S"]], float]
+"""Mean loss of a model, torch's or OpenVINO's, on windows."""
+
+
+@dataclass(frozen=True)
+class OpenVINOOptions:
+    """How the int8 graph is made."""
+
+    balance: float = 0.5
+    """Share of the size of activations that moves into the weights, 0 to 1; 0.5 is SmoothQuant's."""
+    rate: float = 0.49
+    """OpenVINO packs matrices with at least this share of zeros. Below 50 % nothing was measured to gain."""
+
+    def __post_init__(self) -> None:
+        for name in ("balance", "rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"{name} {getattr(self, name)}; wanted a share between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Windows of the same tokenizer."""
+
+    calibration: Int64[Tensor, "n S"]
+    held_out: Int64[Tensor, "m S"]
+
+
+def export_openvino(
+    source: str, out: Path, options: OpenVINOOptions, texts: Callable[[Loaded], Texts], measure: Measure, watch: Watch
+) -> dict[str, Any]:
+    """Write `out`, all of it or nothing, and what is to be told of it. Stages: load, calibrate, convert, check."""
+    openvino()
+    _refuse(source)
+    refuse_occupied(out, overwrite=False)
+    with watch.stage("load"):
+        loaded = load(source, dtype="float32")
+        windows = texts(loaded)
+    model, probe = loaded.model, windows.held_out[:1, :SAME_TEXT]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    with watch.stage("calibrate"):
+        before = measure(model, windows.held_out)
+        wanted = greedy(model, probe, GREEDY)
+        seen = calibrate(model, _shown(windows.calibration, watch))
+        records = to_int8(model, seen, options.balance)
+        reference = model(input_ids=probe, use_cache=False).logits
+    with staged(out) as stage:
+        with watch.stage("convert"):
+            graph = convert(model)
+            openvino().save_model(graph, stage / MODEL, compress_to_fp16=False)
+            del graph
+            properties = sparse_properties(records, options.rate)
+            _write_rest(loaded, stage, properties)
+            tokenizer = _tokenizer(loaded, stage)
+        with watch.stage("check", "open it and compare"):
+            logits_apart = _same_logits(stage, probe, reference)
+            opened = OpenVINOModel.open(stage)
+            after = measure(opened, windows.held_out)
+            got = opened.greedy(probe, GREEDY)
+        told = {
+            "parameters": parameters,
+            "linears": [vars(record) for record in records],
+            "properties": properties,
+            "packed": sum(will_pack(record, options.rate) for record in records),
+            "kernels": opened.kernels(),
+            "amx": lacks_amx() is None,
+            "tokenizer": tokenizer,
+            "logits_apart": logits_apart,
+            "nll": {"torch": before, "openvino": after, "windows": list(windows.held_out.shape)},
+            "greedy": {"tokens": GREEDY, "same": _agreed(wanted, got)},
+            "model_bytes": sum((stage / name).stat().st_size for name in (MODEL, WEIGHTS)),
+            "dense_bytes": 2 * parameters,
+        }
+        (stage / OWN).mkdir()
+        (stage / OWN / "export.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    return told
+
+
+def will_pack(record: Int8Record, rate: float) -> bool:
+    return record.packable and record.sparsity >= rate
+
+
+def sparse_properties(records: Iterable[Int8Record], rate: float) -> dict[str, Any]:
+    """What ``compile_model`` is given: packing switched on where there is something to pack."""
+    return {SPARSE_RATE: rate} if any(will_pack(record, rate) for record in records) else {}
+
+
+@torch.inference_mode()
+def greedy(model: Any, ids: Int64[Tensor, "B S"], tokens: int) -> Int64[Tensor, "B n"]:
+    """The likeliest next tokens of a torch model, the whole prefix anew each time: nothing to get wrong."""
+    at = ids.shape[1]
+    cache_argument(model)  # refuses before any work what the graph could not do either
+    while ids.shape[1] < at + tokens:
+        ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    return ids[:, at:]
+
+
+def _agreed(one: Tensor, other: Tensor) -> int:
+    """How many tokens are the same before the first that is not."""
+    return int((one == other).all(0).int().cumprod(0).sum())
+
+
+def _refuse(source: str) -> None:
+    if Path(source).is_dir():
+        dense_names(Path(source))
+    if (Path(source) / FOLDER).is_dir():
+        raise UsageError(f"{source} has low-rank branches, which this target cannot carry; prune without --low-rank")
+
+
+def _shown(windows: Tensor, watch: Watch) -> Iterable[Tensor]:
+    for done, ids in enumerate(windows.split(1), 1):
+        yield ids
+        watch.progress.update(done, len(windows))
+
+
+def _write_rest(loaded: Loaded, stage: Path, properties: dict[str, Any]) -> None:
+    """Everything beside the graph that others look for, and what to compile it with."""
+    loaded.model.config.use_cache = True
+    loaded.model.config.save_pretrained(stage)
+    if loaded.model.generation_config is not None:
+        loaded.model.generation_config.save_pretrained(stage)
+    loaded.tokenizer.save_pretrained(stage)
+    told = {"version": VERSION, "properties": properties, "weights_bytes": (stage / WEIGHTS).stat().st_size, "how": HOW}
+    (stage / RUNTIME).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+def _tokenizer(loaded: Loaded, stage: Path) -> str:
+    """Written as graphs where openvino-tokenizers knows this kind and gives the same tokens; else why not."""
+    try:
+        from openvino_tokenizers import convert_tokenizer
+    except (ImportError, RuntimeError) as error:
+        return f"not converted: openvino-tokenizers is not usable here ({str(error).splitlines()[0]})"
+    try:
+        pair = convert_tokenizer(loaded.tokenizer, with_detokenizer=True)
+    except Exception as error:  # whatever a converter of foreign files raises; the Hugging Face files are there
+        return f"not converted: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+    text = "The cat (12) sat,\non my été."
+    found = openvino().compile_model(pair[0], "CPU")([text])["input_ids"]
+    if found[0].tolist() != loaded.tokenizer(text)["input_ids"]:
+        return "not converted: openvino-tokenizers gives other tokens than Hugging Face"
+    for name, graph in zip(("openvino_tokenizer.xml", "openvino_detokenizer.xml"), pair, strict=True):
+        openvino().save_model(graph, stage / name)
+    return "converted"
+
+
+def _same_logits(stage: Path, probe: Tensor, wanted: Tensor) -> float:
+    """The largest difference, in one go and step by step. ArtefactError where it is no rounding."""
+    opened = OpenVINOModel.open(stage, precise=True)
+    whole = opened(probe).logits
+    opened.start()
+    first, second = probe.shape[1] // 2, probe.shape[1] // 2 + 1
+    pieces = [probe[:, :first], probe[:, first:second], probe[:, second:]]
+    stepped = torch.cat([opened.step(piece) for piece in pieces if piece.shape[1]], 1)
+    apart = max(float((got - wanted).abs().max() / wanted.abs().max()) for got in (whole, stepped))
+    if not apart < TOLERANCE:
+        raise ArtefactError(
+            f"the saved graph's logits differ from torch's by {apart:.1e} of the largest, wanted below {TOLERANCE:g}; "
+            "this architecture cannot be exported to openvino yet"
+        )
+    return apart

@@ -1,0 +1,127 @@
+"""``--to torch-2:4``: a directory whose 2:4 matrices are stored without their zeros, for GPUs that multiply them so.
+
+The reader, ``sparse24_loader``, is copied into the directory: it needs torch and transformers, not Secateur. Its
+docstring is the definition of the files. Memory: one file of the source.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from secateur.core.pattern import NM, pattern_from_dict
+from secateur.core.two_of_four import PER_BYTE, first_broken_row, pack
+from secateur.errors import ArtefactError, DeviceError, UsageError
+from secateur.export import sparse24_loader
+from secateur.export.directory import DENSE, Watch, dense_names, rebuilt
+from secateur.export.sparse24_loader import SUFFIX, VERSION, Choice, checksum, read_file, read_state
+from secateur.models.headers import INDEX
+
+PROMISE = Path("secateur") / "promise.json"
+LOADER = "sparse24_loader.py"
+
+
+def export_sparse24(source: Path, out: Path, watch: Watch) -> dict[str, Any]:
+    """Write `out`, read it back, and only then give it its name. Stages: pack, check.
+
+    UsageError naming the first tensor that is not 2:4 though it was promised to be, or where none is.
+    """
+    names = dense_names(source)
+    promised = _promised(source)
+    sizes = {"dense_bytes": 0, "packed_bytes": 0}
+    matrices: dict[str, list[int]] = {}
+    with rebuilt(source, out, [*names, INDEX]) as stage:
+        shutil.copyfile(sparse24_loader.__file__, stage / LOADER)
+        with watch.stage("pack"):
+            for done, name in enumerate(names, 1):
+                target = stage / (name.removesuffix(DENSE) + SUFFIX)
+                matrices |= _pack_file(source / name, target, promised)
+                sizes["dense_bytes"] += (source / name).stat().st_size
+                sizes["packed_bytes"] += target.stat().st_size
+                watch.progress.update(done, len(names), name)
+        if not matrices:
+            first = _first_matrix(source, names)
+            raise UsageError(f"{first} is not 2:4, nor is any matrix of {source}; prune with --pattern 2:4 first")
+        with watch.stage("check", "read it back"):
+            _check(source, stage, names)
+    return {**sizes, "share": sizes["packed_bytes"] / sizes["dense_bytes"], "matrices": matrices}
+
+
+def _promised(source: Path) -> set[str] | None:
+    """Tensors that were pruned to a pattern that is 2:4; None where nothing is known. UsageError for other patterns."""
+    path = source / PROMISE
+    if not path.is_file():
+        return None
+    try:
+        linears = json.loads(path.read_text(encoding="utf-8"))["linears"]
+        for name, entry in linears.items():
+            pattern = pattern_from_dict(entry["pattern"])
+            if not (isinstance(pattern, NM) and pattern.m == 4 and pattern.n <= 2):
+                raise UsageError(f"{name} is not 2:4 but {pattern}; prune with --pattern 2:4, or take another target")
+            if entry["transposed"] or entry.get("part"):
+                raise UsageError(f"{name} is not stored as (out, in) by itself, which torch.sparse wants")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise ArtefactError(f"{path}: not a promise file ({type(error).__name__}: {error}); prune again") from error
+    return set(linears)
+
+
+def _pack_file(source: Path, target: Path, promised: set[str] | None) -> dict[str, list[int]]:
+    tensors, sums, shapes = load_file(source), {}, {}
+    for name, W in list(tensors.items()):
+        if not (name in promised if promised is not None else _happens_to_be(W)):
+            continue
+        try:
+            values, places = pack(W)
+        except ValueError as error:
+            raise UsageError(f"{name} is {error}; prune with --pattern 2:4 first") from error
+        del tensors[name]
+        tensors |= {f"{name}.values": values, f"{name}.places": places}
+        sums[name], shapes[name] = checksum(values, places), list(W.shape)
+    save_file(tensors, target, metadata={"format": "pt", "sparse24": VERSION, "packed": json.dumps(sums)})
+    return shapes
+
+
+def _happens_to_be(W: Tensor) -> bool:
+    return W.ndim == 2 and W.is_floating_point() and W.shape[1] % PER_BYTE == 0 and first_broken_row(W) is None
+
+
+def _first_matrix(source: Path, names: list[str]) -> str:
+    return next((key for name in names for key, W in load_file(source / name).items() if W.ndim == 2), "no matrix")
+
+
+def _check(source: Path, stage: Path, names: list[str]) -> None:
+    for name in names:
+        state: dict[str, Tensor] = {}
+        read_file(stage / (name.removesuffix(DENSE) + SUFFIX), state)
+        for tensor, wanted in load_file(source / name).items():
+            if not torch.equal(state[tensor], wanted):  # -0.0 equals 0.0, NaN nothing: neither is in a promised matrix
+                raise ArtefactError(f"{tensor} did not come back as it was; is it finite?")
+
+
+def load_sparse(
+    directory: str | Path, device: str = "cuda", tokens: int = sparse24_loader.TOKENS
+) -> tuple[Any, list[Choice]]:
+    """The model on a GPU with sparse tensor cores, and what was chosen for each 2:4 matrix.
+
+    DeviceError where this machine lacks something; ArtefactError for a directory that is damaged or of a later version.
+    """
+    try:
+        return sparse24_loader.load_sparse(str(directory), device, tokens)
+    except sparse24_loader.NotHereError as error:
+        raise DeviceError(str(error)) from error
+    except sparse24_loader.DamagedError as error:
+        raise ArtefactError(str(error)) from error
+
+
+def dense_state(directory: str | Path) -> dict[str, Tensor]:
+    """All tensors with their zeros, on any machine."""
+    try:
+        return read_state(str(directory))[0]
+    except sparse24_loader.DamagedError as error:
+        raise ArtefactError(str(error)) from error
