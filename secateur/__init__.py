@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from secateur.api import evaluate, load_pruned, prune, quantize, train
     from secateur.config import PruneConfig
     from secateur.export.directory import load_packed
-    from secateur.export.sparse24 import load_sparse
     from secateur.exports import ExportOptions, export_to, unpack
+    from secateur.models.sparse24 import load_sparse
     from secateur.planning import PlanReport, plan
     from secateur.quantize_config import QuantizeConfig
     from secateur.train_config import TrainConfig
@@ -52,7 +52,7 @@ _HOMES = {
     "export_to": "secateur.exports",
     "load_packed": "secateur.export.directory",
     "load_pruned": "secateur.api",
-    "load_sparse": "secateur.export.sparse24",
+    "load_sparse": "secateur.models.sparse24",
     "plan": "secateur.planning",
     "prune": "secateur.api",
     "quantize": "secateur.api",

@@ -16,7 +16,7 @@ from types import FrameType
 
 import click
 
-from secateur.cli import cache, demo, eval, export, inspect, methods, plan, prune, quantize, train, unpack
+from secateur.cli import bench, cache, demo, eval, export, inspect, methods, plan, prune, quantize, train, unpack
 from secateur.cli.options import debug_option, first_process
 from secateur.errors import SecateurError
 
@@ -40,7 +40,7 @@ def cli() -> None:
     """
 
 
-for verb in (prune, train, quantize, cache, plan, eval, inspect, export, unpack, methods, demo):
+for verb in (prune, train, quantize, cache, plan, eval, inspect, export, unpack, bench, methods, demo):
     cli.add_command(verb.command)
 
 

@@ -24,9 +24,9 @@ from secateur.export.directory import Watch, dense_names
 from secateur.export.int8 import Int8Record, calibrate, to_int8
 from secateur.export.openvino_graph import convert
 from secateur.models.branches import FOLDER
-from secateur.models.caches import cache_argument
 from secateur.models.load import Loaded, load
 from secateur.models.openvino import MODEL, RUNTIME, SPARSE_RATE, VERSION, WEIGHTS, OpenVINOModel, lacks_amx, openvino
+from secateur.models.runners import OpenVINORunner, TorchRunner, greedy
 from secateur.models.save import OWN, refuse_occupied, staged
 
 TOLERANCE = 0.05
@@ -67,7 +67,7 @@ class Texts:
 def export_openvino(
     source: str, out: Path, options: OpenVINOOptions, texts: Callable[[Loaded], Texts], measure: Measure, watch: Watch
 ) -> dict[str, Any]:
-    """Write `out`, all of it or nothing, and what is to be told of it. Stages: load, calibrate, convert, check."""
+    """Write `out`, all of it or nothing, and what is to be told of it. Stages: load, reference, calibrate, convert, check."""
     openvino()
     _refuse(source)
     refuse_occupied(out, overwrite=False)
@@ -76,9 +76,10 @@ def export_openvino(
         windows = texts(loaded)
     model, probe = loaded.model, windows.held_out[:1, :SAME_TEXT]
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    with watch.stage("calibrate"):
+    with watch.stage("reference", "measure the model as it is"):
         before = measure(model, windows.held_out)
-        wanted = greedy(model, probe, GREEDY)
+        wanted = greedy(TorchRunner(model, {}), probe, GREEDY)
+    with watch.stage("calibrate"):
         seen = calibrate(model, _shown(windows.calibration, watch))
         records = to_int8(model, seen, options.balance)
         reference = model(input_ids=probe, use_cache=False).logits
@@ -94,7 +95,7 @@ def export_openvino(
             logits_apart = _same_logits(stage, probe, reference)
             opened = OpenVINOModel.open(stage)
             after = measure(opened, windows.held_out)
-            got = opened.greedy(probe, GREEDY)
+            got = greedy(OpenVINORunner(opened), probe, GREEDY)
         told = {
             "parameters": parameters,
             "linears": [vars(record) for record in records],
@@ -121,16 +122,6 @@ def will_pack(record: Int8Record, rate: float) -> bool:
 def sparse_properties(records: Iterable[Int8Record], rate: float) -> dict[str, Any]:
     """What ``compile_model`` is given: packing switched on where there is something to pack."""
     return {SPARSE_RATE: rate} if any(will_pack(record, rate) for record in records) else {}
-
-
-@torch.inference_mode()
-def greedy(model: Any, ids: Int64[Tensor, "B S"], tokens: int) -> Int64[Tensor, "B n"]:
-    """The likeliest next tokens of a torch model, the whole prefix anew each time: nothing to get wrong."""
-    at = ids.shape[1]
-    cache_argument(model)  # refuses before any work what the graph could not do either
-    while ids.shape[1] < at + tokens:
-        ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
-    return ids[:, at:]
 
 
 def _agreed(one: Tensor, other: Tensor) -> int:
@@ -169,7 +160,7 @@ def _tokenizer(loaded: Loaded, stage: Path) -> str:
     except (ImportError, RuntimeError) as error:
         return f"not converted: openvino-tokenizers is not usable here ({str(error).splitlines()[0]})"
     try:
-        pair = convert_tokenizer(loaded.tokenizer, with_detokenizer=True)
+        pair: Any = convert_tokenizer(loaded.tokenizer, with_detokenizer=True)
     except Exception as error:  # whatever a converter of foreign files raises; the Hugging Face files are there
         return f"not converted: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
     text = "The cat (12) sat,\non my été."

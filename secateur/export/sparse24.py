@@ -15,11 +15,11 @@ from torch import Tensor
 
 from secateur.core.pattern import NM, pattern_from_dict
 from secateur.core.two_of_four import PER_BYTE, first_broken_row, pack
-from secateur.errors import ArtefactError, DeviceError, UsageError
-from secateur.export import sparse24_loader
+from secateur.errors import ArtefactError, UsageError
 from secateur.export.directory import DENSE, Watch, dense_names, rebuilt
-from secateur.export.sparse24_loader import SUFFIX, VERSION, Choice, checksum, read_file, read_state
+from secateur.models import sparse24_loader
 from secateur.models.headers import INDEX
+from secateur.models.sparse24_loader import SUFFIX, VERSION, checksum, read_file
 
 PROMISE = Path("secateur") / "promise.json"
 LOADER = "sparse24_loader.py"
@@ -102,26 +102,3 @@ def _check(source: Path, stage: Path, names: list[str]) -> None:
         for tensor, wanted in load_file(source / name).items():
             if not torch.equal(state[tensor], wanted):  # -0.0 equals 0.0, NaN nothing: neither is in a promised matrix
                 raise ArtefactError(f"{tensor} did not come back as it was; is it finite?")
-
-
-def load_sparse(
-    directory: str | Path, device: str = "cuda", tokens: int = sparse24_loader.TOKENS
-) -> tuple[Any, list[Choice]]:
-    """The model on a GPU with sparse tensor cores, and what was chosen for each 2:4 matrix.
-
-    DeviceError where this machine lacks something; ArtefactError for a directory that is damaged or of a later version.
-    """
-    try:
-        return sparse24_loader.load_sparse(str(directory), device, tokens)
-    except sparse24_loader.NotHereError as error:
-        raise DeviceError(str(error)) from error
-    except sparse24_loader.DamagedError as error:
-        raise ArtefactError(str(error)) from error
-
-
-def dense_state(directory: str | Path) -> dict[str, Tensor]:
-    """All tensors with their zeros, on any machine."""
-    try:
-        return read_state(str(directory))[0]
-    except sparse24_loader.DamagedError as error:
-        raise ArtefactError(str(error)) from error

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
-import psutil
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -138,14 +137,6 @@ class OpenVINOModel:
         self.start()
         return SimpleNamespace(logits=self.step(input_ids))
 
-    def greedy(self, ids: Int[Tensor, "B S"], tokens: int) -> Int[Tensor, "B n"]:
-        """The likeliest next tokens, one after the other."""
-        self.start()
-        found = [self.step(ids)[:, -1:].argmax(-1)]
-        while len(found) < tokens:
-            found.append(self.step(found[-1])[:, -1:].argmax(-1))
-        return torch.cat(found, 1)
-
     def kernels(self) -> dict[str, int]:
         """What OpenVINO picked for the matrices, and how often: names end in the type that is multiplied."""
         info = [op.get_rt_info() for op in self.compiled.get_runtime_model().get_ops()]
@@ -168,8 +159,3 @@ def _slice_last(ov: ModuleType, model: Any) -> None:
     bounds = [ops.constant([value], dtype="int64") for value in (-1, 2**31 - 1, 1, 1)]
     node.input(0).replace_source_output(ops.slice(node.input_value(0), *bounds).output(0))
     model.validate_nodes_and_infer_types()
-
-
-def memory() -> int:
-    """Bytes that this process has for itself."""
-    return psutil.Process().memory_full_info().uss

@@ -1,0 +1,86 @@
+"""One model in a process of its own, timed on request: what ``bench`` starts for every model.
+
+Requests and answers are lines of JSON on stdin and stdout (whatever else prints goes to stderr):
+
+    {"open": {...}}                                -> {"facts": {...}}
+    {"batch": 8, "prompt": 128, "tokens": 32}      -> {"prefill": seconds, "decode": [seconds of each], "memory": bytes}
+
+A failure is answered with {"error": line, "code": exit code}, and ends the process.
+"""
+
+import gc
+import json
+import os
+import sys
+import time
+from itertools import pairwise
+from typing import Any, TextIO
+
+import psutil
+import torch
+
+from secateur.errors import SecateurError, UsageError
+from secateur.models.quiet import quiet
+from secateur.models.runners import RUNTIMES, Opened, Runner
+
+SEED = 0
+
+
+def memory() -> int:
+    """Bytes that this process has for itself: no other one shares them."""
+    return psutil.Process().memory_full_info().uss
+
+
+def open_runner(runtime: str, opened: Opened, needed: int) -> tuple[Runner, dict[str, Any]]:
+    start = time.perf_counter()
+    runner = RUNTIMES[runtime].open(opened)
+    seconds = time.perf_counter() - start
+    context = getattr(runner.config, "max_position_embeddings", None)
+    if context is not None and needed > context:
+        raise UsageError(f"prompt and tokens are {needed}, the context of {opened.source} is {context}; give fewer")
+    gc.collect()
+    return runner, {**runner.facts(), "memory": memory(), "open_seconds": seconds}
+
+
+def measure(runner: Runner, batch: int, prompt: int, tokens: int) -> dict[str, Any]:
+    """One prompt for each row, then so many tokens."""
+    generator = torch.Generator().manual_seed(SEED)
+    ids = torch.randint(0, runner.config.vocab_size, (batch, prompt), generator=generator)
+    start = time.perf_counter()
+    ids = runner.prefill(ids)
+    marks = [time.perf_counter()]
+    for _ in range(tokens):
+        ids = runner.decode(ids)
+        marks.append(time.perf_counter())
+    steps = [after - before for before, after in pairwise(marks)]
+    return {"prefill": marks[0] - start, "decode": steps, "memory": memory()}
+
+
+def answer(requests: TextIO, answers: TextIO) -> None:
+    """Until stdin ends."""
+    runner: Runner | None = None
+    for line in requests:
+        request = json.loads(line)
+        if "open" in request:
+            runner, told = open_runner(request["runtime"], Opened(**request["open"]), request["needed"])
+            print(json.dumps({"facts": told}), file=answers, flush=True)
+        else:
+            assert runner is not None, "nothing was opened"
+            print(json.dumps(measure(runner, **request)), file=answers, flush=True)
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    try:
+        with quiet():
+            answer(sys.stdin, answers)
+    except (SecateurError, RuntimeError, ValueError, OSError, MemoryError) as error:
+        code = error.exit_code if isinstance(error, SecateurError) else 1
+        line = " ".join(str(error).split()) or type(error).__name__
+        print(json.dumps({"error": line, "code": code}), file=answers, flush=True)
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

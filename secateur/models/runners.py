@@ -1,0 +1,154 @@
+"""One way to run a saved model for every runtime: a prompt, then token by token. What ``bench`` times.
+
+A runner begins anew with every ``prefill`` and goes on with ``decode``; both take token ids (B, S) and return the
+likeliest next ones (B, 1) on the CPU, so that whoever waits for them has waited for the device.
+"""
+
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from secateur.errors import UsageError
+from secateur.models.caches import cache_argument
+from secateur.models.load import load, locate
+from secateur.models.openvino import MODEL, WEIGHTS, OpenVINOModel, is_openvino, lacks_amx
+from secateur.models.sparse24 import is_sparse24, load_sparse
+from secateur.models.sparse24_loader import SUFFIX
+
+
+class Opened(NamedTuple):
+    """How a model is to be opened."""
+
+    source: str
+    threads: int
+    dtype: str
+    """Of transformers: "auto" keeps the checkpoint's."""
+    device: str
+    tokens: int
+    """Multiplied at once, for runtimes that choose kernels by it."""
+
+
+class Runner(Protocol):
+    """An open model."""
+
+    config: Any
+
+    def prefill(self, ids: Tensor) -> Tensor: ...
+    def decode(self, ids: Tensor) -> Tensor: ...
+    def facts(self) -> dict[str, Any]:
+        """Kernels and types, what there is to say."""
+        ...
+
+
+def greedy(runner: Runner, ids: Tensor, tokens: int) -> Tensor:
+    """The likeliest next tokens, one after the other."""
+    found = [runner.prefill(ids)]
+    while len(found) < tokens:
+        found.append(runner.decode(found[-1]))
+    return torch.cat(found, 1)
+
+
+class TorchRunner:
+    """A transformers model, its matrices whatever they are."""
+
+    def __init__(self, model: PreTrainedModel, facts: dict[str, Any]):
+        self.model, self.config, self._facts = model, model.config, facts
+        self.argument, self.cache = cache_argument(model), DynamicCache()
+        takes = inspect.signature(type(model).forward).parameters
+        self.more = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        self.cache = DynamicCache(config=self.config)
+        return self.decode(ids)
+
+    @torch.inference_mode()
+    def decode(self, ids: Tensor) -> Tensor:
+        place = ids.to(self.model.device)
+        logits = self.model(input_ids=place, use_cache=True, **{self.argument: self.cache}, **self.more).logits
+        return logits[:, -1:].argmax(-1).cpu()
+
+    def facts(self) -> dict[str, Any]:
+        return {"dtype": str(self.model.dtype).removeprefix("torch."), "device": str(self.model.device), **self._facts}
+
+
+class OpenVINORunner:
+    """A stateful graph."""
+
+    def __init__(self, model: OpenVINOModel):
+        self.model, self.config = model, model.config
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        self.model.start()
+        return self.decode(ids)
+
+    def decode(self, ids: Tensor) -> Tensor:
+        return self.model.step(ids)[:, -1:].argmax(-1)
+
+    def facts(self) -> dict[str, Any]:
+        return {"dtype": "int8", "device": "cpu", "kernels": self.model.kernels(), "lacks": lacks_amx()}
+
+
+def _transformers(opened: Opened) -> Runner:
+    torch.set_num_threads(opened.threads)
+    model = load(opened.source, dtype=opened.dtype).model
+    torch.nn.Module.to(model, opened.device)
+    return TorchRunner(model, {})
+
+
+def _openvino(opened: Opened) -> Runner:
+    return OpenVINORunner(OpenVINOModel.open(Path(opened.source), threads=opened.threads, last_only=True))
+
+
+def _two_of_four(opened: Opened) -> Runner:
+    model, report = load_sparse(opened.source, tokens=opened.tokens)
+    return TorchRunner(model, {"chosen": [choice._asdict() for choice in report]})
+
+
+class Runtime(NamedTuple):
+    """One way to open what lies in a directory."""
+
+    open: Callable[[Opened], Runner]
+    fits: Callable[[Path], bool]
+    files: tuple[str, ...]
+    """Patterns of the files that hold the weights."""
+    advice: str
+    """How a model becomes one of these."""
+
+
+RUNTIMES = {
+    "openvino": Runtime(_openvino, is_openvino, (MODEL, WEIGHTS), "secateur export {} --to openvino --out {}-openvino"),
+    "torch-2:4": Runtime(_two_of_four, is_sparse24, (f"*{SUFFIX}",), "secateur export {} --to torch-2:4 --out {}-2-4"),
+    "transformers": Runtime(_transformers, lambda _: True, ("*.safetensors", "*.gguf"), ""),
+}
+"""Asked in this order; transformers opens whatever ``load`` does."""
+
+
+def runtime_of(source: str, wanted: str = "auto") -> str:
+    """The runtime of a directory. UsageError where another is wanted than the directory is for."""
+    found = next(name for name, runtime in RUNTIMES.items() if runtime.fits(Path(source)))
+    if wanted in ("auto", found):
+        return found
+    if found != "transformers":
+        raise UsageError(f"{source} was exported to {found} and {wanted} is wanted; give another directory")
+    name = source.rstrip("/")
+    raise UsageError(f"{source} is not for {wanted}; first run `{RUNTIMES[wanted].advice.format(name, name)}`")
+
+
+def file_bytes(source: str, runtime: str) -> int:
+    """Of the files that hold the weights."""
+    place = Path(source) if runtime != "transformers" else _folder(source)
+    if place.is_file():
+        return place.stat().st_size
+    return sum(path.stat().st_size for pattern in RUNTIMES[runtime].files for path in place.glob(pattern))
+
+
+def _folder(source: str) -> Path:
+    place = locate(source)
+    return Path(place.name, place.options.get("gguf_file", "")) if os.path.isdir(place.name) else Path(source)
