@@ -102,16 +102,22 @@ def bench(dense: str, pruned: str, options: BenchOptions, update: Callable[[int,
     load = os.getloadavg()[0]
     with ExitStack() as stack:
         workers = [stack.enter_context(_worker(options.used_threads)) for _ in sources]
-        facts = [
-            _ask(worker, _opening(source, runtime, options))["facts"]
+        opened = [
+            _ask(worker, _opening(source, runtime, options))
             for worker, source, runtime in zip(workers, sources, runtimes, strict=True)
         ]
         taken = _rounds(workers, options, update)
+        facts = [{**told, **_ask(worker, {"facts": True})} for told, worker in zip(opened, workers, strict=True)]
     models = [
-        {"source": source, "runtime": runtime, "file_bytes": file_bytes(source, runtime), **fact,
-         "peak_memory": max(one["memory"] for one in which)}
-        for source, runtime, fact, which in zip(sources, runtimes, facts, _by_model(taken), strict=True)
-    ]  # fmt: skip
+        {
+            "source": source,
+            "runtime": runtime,
+            "file_bytes": file_bytes(source, runtime),
+            **fact,
+            **_peaks(fact, answers),
+        }
+        for source, runtime, fact, answers in zip(sources, runtimes, facts, _by_model(taken), strict=True)
+    ]
     cells = [asdict(_cell(phase, batch, taken, options)) for phase in PHASES for batch in options.batches]
     used = {**asdict(options), "threads": options.used_threads}
     return {"dense": models[0], "pruned": models[1], "cells": cells, "options": used, "machine": _machine(load)}
@@ -135,6 +141,12 @@ def _rounds(workers: Sequence[subprocess.Popen[str]], options: BenchOptions, upd
             if turn:
                 taken[batch].append((answers[0], answers[1]))
     return taken
+
+
+def _peaks(fact: dict[str, Any], answers: list[dict[str, Any]]) -> dict[str, int]:
+    """The most memory after a measurement, in all and what the model adds to the libraries."""
+    peak = max(answer["memory"] for answer in answers)
+    return {"peak_memory": peak, "own_peak_memory": peak - fact["memory"] + fact["own_memory"]}
 
 
 def _by_model(taken: Taken) -> list[list[dict[str, Any]]]:

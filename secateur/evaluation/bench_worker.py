@@ -2,10 +2,13 @@
 
 Requests and answers are lines of JSON on stdin and stdout (whatever else prints goes to stderr):
 
-    {"open": {...}}                                -> {"facts": {...}}
+    {"open": {...}, "runtime": ..., "needed": ...} -> {"memory": bytes, "own_memory": bytes, "open_seconds": seconds}
     {"batch": 8, "prompt": 128, "tokens": 32}      -> {"prefill": seconds, "decode": [seconds of each], "memory": bytes}
 
-A failure is answered with {"error": line, "code": exit code}, and ends the process.
+    {"facts": true}                                -> what the runner says of itself: kernels are known once they ran
+
+``memory`` is what the process has for itself, ``own_memory`` that without interpreter and libraries: what opening the
+model, and running it, added. A failure is answered with {"error": line, "code": exit code}, and ends the process.
 """
 
 import gc
@@ -32,14 +35,16 @@ def memory() -> int:
 
 
 def open_runner(runtime: str, opened: Opened, needed: int) -> tuple[Runner, dict[str, Any]]:
-    start = time.perf_counter()
+    RUNTIMES[runtime].imports()
+    before, start = memory(), time.perf_counter()
     runner = RUNTIMES[runtime].open(opened)
     seconds = time.perf_counter() - start
     context = getattr(runner.config, "max_position_embeddings", None)
     if context is not None and needed > context:
         raise UsageError(f"prompt and tokens are {needed}, the context of {opened.source} is {context}; give fewer")
     gc.collect()
-    return runner, {**runner.facts(), "memory": memory(), "open_seconds": seconds}
+    now = memory()
+    return runner, {"memory": now, "own_memory": now - before, "open_seconds": seconds}
 
 
 def measure(runner: Runner, batch: int, prompt: int, tokens: int) -> dict[str, Any]:
@@ -63,10 +68,10 @@ def answer(requests: TextIO, answers: TextIO) -> None:
         request = json.loads(line)
         if "open" in request:
             runner, told = open_runner(request["runtime"], Opened(**request["open"]), request["needed"])
-            print(json.dumps({"facts": told}), file=answers, flush=True)
         else:
             assert runner is not None, "nothing was opened"
-            print(json.dumps(measure(runner, **request)), file=answers, flush=True)
+            told = runner.facts() if "facts" in request else measure(runner, **request)
+        print(json.dumps(told), file=answers, flush=True)
 
 
 def main() -> None:

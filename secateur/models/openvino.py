@@ -87,32 +87,30 @@ class OpenVINOModel:
     compiled: Any
     request: Any
     config: Any
-    directory: Path
     seen: int = 0
     training: ClassVar[bool] = False
     device: ClassVar[torch.device] = torch.device("cpu")
     dtype: ClassVar[torch.dtype] = torch.int8
 
     @classmethod
-    def open(
-        cls, directory: Path, *, threads: int | None = None, precise: bool = False, last_only: bool = False
-    ) -> "OpenVINOModel":
+    def open(cls, directory: Path, *, threads: int | None = None, last_only: bool = False) -> "OpenVINOModel":
         """Compile for the CPU. ``last_only``: logits of the last token alone, as who generates wants them."""
         ov, properties = openvino(), dict(read_runtime(directory))
-        if precise:
-            properties |= PRECISE
         if threads is not None:
             properties["INFERENCE_NUM_THREADS"] = threads
         try:
-            core = ov.Core()
-            model = core.read_model(directory / MODEL)
+            graph = ov.Core().read_model(directory / MODEL)
             if last_only:
-                _slice_last(ov, model)
-            compiled = core.compile_model(model, "CPU", properties)
+                _slice_last(ov, graph)
+            return cls.of(graph, AutoConfig.from_pretrained(directory), properties)
         except RuntimeError as error:
             line = next((line for line in reversed(str(error).splitlines()) if line.strip()), "unknown")
             raise ArtefactError(f"OpenVINO cannot open {directory}: {line.strip()}; copy or {AGAIN}") from error
-        return cls(compiled, compiled.create_infer_request(), AutoConfig.from_pretrained(directory), directory)
+
+    @classmethod
+    def of(cls, graph: Any, config: Any, properties: dict[str, Any]) -> "OpenVINOModel":
+        compiled = openvino().Core().compile_model(graph, "CPU", properties)
+        return cls(compiled, compiled.create_infer_request(), config)
 
     def start(self) -> None:
         """Forget all tokens."""

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 from secateur.errors import UsageError
 from secateur.models.caches import cache_argument
 from secateur.models.load import load, locate
-from secateur.models.openvino import MODEL, WEIGHTS, OpenVINOModel, is_openvino, lacks_amx
+from secateur.models.openvino import MODEL, WEIGHTS, OpenVINOModel, is_openvino, lacks_amx, openvino
 from secateur.models.sparse24 import is_sparse24, load_sparse
 from secateur.models.sparse24_loader import SUFFIX
 
@@ -115,6 +115,8 @@ class Runtime(NamedTuple):
     """One way to open what lies in a directory."""
 
     open: Callable[[Opened], Runner]
+    imports: Callable[[], object]
+    """What it needs beside torch and transformers, so that memory can be told apart from the model's."""
     fits: Callable[[Path], bool]
     files: tuple[str, ...]
     """Patterns of the files that hold the weights."""
@@ -123,9 +125,13 @@ class Runtime(NamedTuple):
 
 
 RUNTIMES = {
-    "openvino": Runtime(_openvino, is_openvino, (MODEL, WEIGHTS), "secateur export {} --to openvino --out {}-openvino"),
-    "torch-2:4": Runtime(_two_of_four, is_sparse24, (f"*{SUFFIX}",), "secateur export {} --to torch-2:4 --out {}-2-4"),
-    "transformers": Runtime(_transformers, lambda _: True, ("*.safetensors", "*.gguf"), ""),
+    "openvino": Runtime(
+        _openvino, openvino, is_openvino, (MODEL, WEIGHTS), "secateur export {} --to openvino --out {}-openvino"
+    ),
+    "torch-2:4": Runtime(
+        _two_of_four, tuple, is_sparse24, (f"*{SUFFIX}",), "secateur export {} --to torch-2:4 --out {}-2-4"
+    ),
+    "transformers": Runtime(_transformers, tuple, lambda _: True, ("*.safetensors", "*.gguf"), ""),
 }
 """Asked in this order; transformers opens whatever ``load`` does."""
 

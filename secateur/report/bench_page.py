@@ -26,8 +26,10 @@ def bench_page(told: dict[str, Any]) -> list[RenderableType]:
     rows = {
         "dense": _model(dense),
         "pruned": _model(pruned),
-        "memory": f"{size(dense['memory'])} and {size(pruned['memory'])} private when opened,"
-        f" {size(dense['peak_memory'])} and {size(pruned['peak_memory'])} at most after a round",
+        "memory": f"{size(dense['own_memory'])} and {size(pruned['own_memory'])} private for the model when opened,"
+        f" {size(dense['own_peak_memory'])} and {size(pruned['own_peak_memory'])} at most after a measurement"
+        f" (and {size(dense['memory'] - dense['own_memory'])} and {size(pruned['memory'] - pruned['own_memory'])} for"
+        " interpreter and libraries)",
         "files": f"{size(dense['file_bytes'])} and {size(pruned['file_bytes'])}",
         "measured": f"prompt {options['prompt']}, {options['tokens']} tokens, {options['rounds']} rounds in turns,"
         f" {options['threads']} threads; median, quartiles in brackets",
