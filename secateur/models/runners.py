@@ -120,18 +120,12 @@ class Runtime(NamedTuple):
     fits: Callable[[Path], bool]
     files: tuple[str, ...]
     """Patterns of the files that hold the weights."""
-    advice: str
-    """How a model becomes one of these."""
 
 
 RUNTIMES = {
-    "openvino": Runtime(
-        _openvino, openvino, is_openvino, (MODEL, WEIGHTS), "secateur export {} --to openvino --out {}-openvino"
-    ),
-    "torch-2:4": Runtime(
-        _two_of_four, tuple, is_sparse24, (f"*{SUFFIX}",), "secateur export {} --to torch-2:4 --out {}-2-4"
-    ),
-    "transformers": Runtime(_transformers, tuple, lambda _: True, ("*.safetensors", "*.gguf"), ""),
+    "openvino": Runtime(_openvino, openvino, is_openvino, (MODEL, WEIGHTS)),
+    "torch-2:4": Runtime(_two_of_four, tuple, is_sparse24, (f"*{SUFFIX}",)),
+    "transformers": Runtime(_transformers, tuple, lambda _: True, ("*.safetensors", "*.gguf")),
 }
 """Asked in this order; transformers opens whatever ``load`` does."""
 
@@ -143,8 +137,8 @@ def runtime_of(source: str, wanted: str = "auto") -> str:
         return found
     if found != "transformers":
         raise UsageError(f"{source} was exported to {found} and {wanted} is wanted; give another directory")
-    name = source.rstrip("/")
-    raise UsageError(f"{source} is not for {wanted}; first run `{RUNTIMES[wanted].advice.format(name, name)}`")
+    command = f"secateur export {source} --to {wanted} --out DIR"
+    raise UsageError(f"{source} is not for {wanted}; first run `{command}` and give that DIR")
 
 
 def file_bytes(source: str, runtime: str) -> int:
