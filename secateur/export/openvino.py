@@ -196,7 +196,7 @@ def _same_logits(model: PreTrainedModel, probe: Int64[Tensor, "B S"]) -> float:
     apart = max(float((got - wanted).abs().max() / wanted.abs().max()) for got in (whole, stepped))
     if not apart < TOLERANCE:
         raise ModelError(
-            f"OpenVINO's float32 logits differ from torch's by {apart:.1e} of the largest, wanted below {TOLERANCE:g}; this"
-            " architecture cannot be exported to openvino yet"
+            f"OpenVINO's float32 logits differ from torch's by {apart:.1e} of the largest, wanted below {TOLERANCE:g};"
+            " this architecture cannot be exported to openvino yet"
         )
     return apart

@@ -30,6 +30,8 @@ SPARSE_RATE = "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE"
 """OpenVINO's property: matrices with at least this share of zeros are kept without them, where the kernels exist."""
 INSTALL = "pip install 'secateur[openvino]'"
 AGAIN = "export it again"
+CPUINFO = Path("/proc/cpuinfo")
+"""Where Linux tells what the processor can."""
 PRECISE = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 """All that is not int8 in float32, to compare numbers; by default OpenVINO takes less where the processor can."""
 
@@ -46,8 +48,7 @@ def openvino() -> ModuleType:
 
 def lacks_amx() -> str | None:
     """Why sparse kernels will not be picked on this processor, in one line; None where they may be."""
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
+    flags = CPUINFO.read_text(errors="replace") if CPUINFO.is_file() else ""
     if "amx_int8" in flags.split():
         return None
     return (

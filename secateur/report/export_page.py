@@ -51,7 +51,7 @@ def _openvino(told: dict[str, Any]) -> tuple[Any, ...]:
         "perplexity": f"{perplexity['torch']:.4g} in float32, {perplexity['openvino']:.4g} here"
         f" ({told['gap']:+.3f} in log), {told['nll']['windows'][0]} x {text['seq_len']} tokens of {text['name']}",
         "greedy tokens": f"{greedy['same']} of {greedy['tokens']} as torch's before the first other one",
-        "graph": f"float32 logits within {told['logits_apart']:.0e} of torch's (of the largest), at once and step by step",
+        "graph": f"float32 logits within {told['logits_apart']:.0e} of torch's, of the largest, at once and in steps",
         "tokenizer": told["tokenizer"],
     }
     return (

@@ -104,7 +104,7 @@ def test_a_packed_directory_that_breaks_its_promise(run, pruned, tmp_path):
 
 def test_an_unknown_target(run, pruned, tmp_path):
     ran = run("export", pruned, "--to", "zip", "--out", tmp_path / "packed")
-    assert (ran.code, ran.error) == (2, "secateur: unknown target 'zip'; there is sparse-safetensors")
+    assert (ran.code, ran.error.split(";")[0]) == (2, "secateur: unknown target 'zip'")
 
 
 def test_occupied(run, pruned, packed):

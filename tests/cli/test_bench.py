@@ -1,0 +1,104 @@
+"""``bench`` and the targets of ``export``, as they are typed."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def test_dense_against_pruned(run, model_dir, tmp_path):
+    """Two real processes, two random models: that all of it is told, not how fast they are."""
+    ran = run("bench", model_dir, model_dir, "--prompt", 16, "--tokens", 2, "--batch", "1,2", "--rounds", 2, "--json",
+              "--plot", tmp_path / "bench.svg", "--threads", 1)  # fmt: skip
+    assert ran.code == 0, ran.err
+    told = ran.json
+    assert [(cell["phase"], cell["batch"]) for cell in told["cells"]] == [
+        ("prefill", 1), ("prefill", 2), ("decode", 1), ("decode", 2),
+    ]  # fmt: skip
+    for cell in told["cells"]:
+        assert 0 < cell["speedup"]["low"] <= cell["speedup"]["median"] <= cell["speedup"]["high"]
+        assert min(cell["tokens_per_second"]) > 0
+    for model in (told["dense"], told["pruned"]):
+        assert (model["runtime"], model["dtype"], model["device"]) == ("transformers", "float32", "cpu")
+        assert model["file_bytes"] == (model_dir / "model.safetensors").stat().st_size
+        assert 0 < model["own_memory"] < model["memory"] <= model["peak_memory"] + model["own_memory"]
+    assert told["options"]["threads"] == 1
+    assert "<svg" in (tmp_path / "bench.svg").read_text()
+    from rich.console import Console
+
+    from secateur.report.bench_page import bench_page
+
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    told["machine"]["busy"] = True
+    for part in bench_page(told):
+        console.print(part)
+    words = console.export_text()
+    assert "first token of a prompt" in words
+    assert "tokens/s" in words
+    assert "under load" in words
+
+
+@pytest.fixture(scope="module")
+def two_of_four(run, model_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("pruned") / "out"
+    assert run("prune", model_dir, "--method", "magnitude", "--pattern", "2:4", "--out", out).code == 0
+    return out
+
+
+def test_two_of_four(run, two_of_four, tmp_path):
+    ran = run("export", two_of_four, "--to", "torch-2:4", "--out", tmp_path / "packed")
+    assert ran.code == 0, ran.err
+    assert "14 matrices" in ran.out
+    assert f"secateur.load_sparse('{tmp_path / 'packed'}')" in ran.out
+    if not torch.cuda.is_available():
+        ran = run("bench", model_dir_of(two_of_four), tmp_path / "packed", "--prompt", 8, "--tokens", 1)
+        assert ran.code == 1
+        assert "no CUDA device here" in ran.error
+
+
+def model_dir_of(pruned):
+    return json.loads((pruned / "secateur" / "report.json").read_text())["model"]["source"]
+
+
+def not_two_of_four(pruned, out):
+    held = load_file(pruned / "model.safetensors")
+    held["model.layers.1.mlp.down_proj.weight"][:] = 1
+    out.mkdir()
+    for path in pruned.glob("*.json"):
+        (out / path.name).write_bytes(path.read_bytes())
+    (out / "secateur").mkdir()
+    (out / "secateur" / "promise.json").write_bytes((pruned / "secateur" / "promise.json").read_bytes())
+    save_file(held, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (
+            ("export", "{good}", "--to", "zip", "--out", "{out}"),
+            2,
+            "unknown target 'zip'; there is sparse-safetensors, op",
+        ),
+        (
+            ("export", "{bad}", "--to", "torch-2:4", "--out", "{out}"),
+            2,
+            "layers.1.mlp.down_proj.weight is not 2:4: row 0",
+        ),
+        (("export", "{nowhere}", "--to", "torch-2:4", "--out", "{out}"), 1, "no directory"),
+        (("bench", "{good}", "{good}", "--runtime", "openvino"), 2, "is not for openvino; first run `secateur export"),
+        (("bench", "{good}", "{good}", "--batch", "1;8"), 2, "wanted numbers with commas"),
+        (("bench", "{good}", "{good}", "--rounds", "0"), 2, "rounds 0; wanted at least 1"),
+        (("bench", "{nowhere}", "{good}"), 1, "there is nothing at"),
+        (("bench", "{good}", "{good}", "--prompt", "4000"), 2, "prompt and tokens are 4032, the context of"),
+    ],
+)
+def test_what_is_refused(words, code, said, run, two_of_four, tmp_path):
+    places = {"good": two_of_four, "bad": tmp_path / "bad", "out": tmp_path / "out", "nowhere": tmp_path / "nowhere"}
+    not_two_of_four(two_of_four, tmp_path / "bad")
+    ran = run(*(word.format(**places) for word in words))
+    assert ran.code == code
+    assert said in ran.error
+    assert "\n" not in ran.error
+    assert not (tmp_path / "out").exists()

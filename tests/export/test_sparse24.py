@@ -1,0 +1,188 @@
+"""``torch-2:4``: written, read in a process of its own, and what is chosen for a GPU, with clocks that are set."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from secateur import export_to, load_sparse
+from secateur.core.pattern import NM, Unstructured, keep_mask, pattern_to_dict
+from secateur.errors import ArtefactError, DeviceError, UsageError
+from secateur.models.sparse24 import dense_state
+from secateur.models.sparse24_loader import swap
+
+
+@pytest.fixture
+def pruned(tiny_llama, tmp_path) -> Path:
+    """A 2:4 model in bfloat16 with its promise."""
+    path, linears = tmp_path / "pruned", {}
+    for name, parameter in tiny_llama.named_parameters():
+        if "_proj" in name:
+            parameter *= keep_mask(parameter.abs(), NM(2, 4))
+            linears[name] = {"pattern": pattern_to_dict(NM(2, 4)), "transposed": False}
+    tiny_llama.bfloat16().save_pretrained(path)
+    (path / "secateur").mkdir()
+    (path / "secateur" / "promise.json").write_text(json.dumps({"linears": linears, "tied": []}))
+    return path
+
+
+@pytest.fixture
+def exported(pruned, tmp_path) -> Path:
+    export_to(pruned, "torch-2:4", tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_every_tensor_comes_back(pruned, tmp_path):
+    told = export_to(pruned, "torch-2:4", tmp_path / "out")
+    held, state = load_file(pruned / "model.safetensors"), dense_state(tmp_path / "out")
+    assert set(state) == set(held)
+    assert all(torch.equal(state[name], held[name]) for name in held)
+    matrices = [tensor for name, tensor in held.items() if "_proj" in name]
+    assert len(told["matrices"]) == len(matrices) == 14
+    saved = sum(tensor.nbytes for tensor in matrices) * 7 // 16
+    stored = load_file(tmp_path / "out" / "model.sparse24.safetensors")
+    assert sum(tensor.nbytes for tensor in stored.values()) == sum(t.nbytes for t in held.values()) - saved
+    assert told["share"] == told["packed_bytes"] / told["dense_bytes"] < 1
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_without_a_promise_what_is_two_of_four_is_packed(pruned, tmp_path):
+    shutil.rmtree(pruned / "secateur")
+    assert len(export_to(pruned, "torch-2:4", tmp_path / "out")["matrices"]) == 14
+
+
+def test_a_fresh_process_reads_it_without_secateur(pruned, exported):
+    """The reader that lies in the directory needs torch and safetensors."""
+    code = (
+        "import sys, torch, sparse24_loader as s; state, packed = s.read_state('.');"
+        "print(len(packed), float(sum(t.double().abs().sum() for t in state.values())));"
+        "assert not any(name.startswith('secateur') for name in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=exported, capture_output=True, text=True, check=True)
+    count, total = ran.stdout.split()
+    wanted = sum(tensor.double().abs().sum() for tensor in load_file(pruned / "model.safetensors").values())
+    assert (int(count), float(total)) == (14, pytest.approx(float(wanted)))
+
+
+def test_slower_matrices_stay_dense(pruned):
+    """Clocks say: sparse is faster for the wide matrices alone; one form fails on every shape and is named."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(pruned).requires_grad_(False)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    packed = [name for name in before if "_proj" in name]
+
+    def convert(W: torch.Tensor) -> torch.Tensor:
+        return W + 1  # a form that a test can tell
+
+    def refuse(W: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("wants rows of 128\nand more")
+
+    def clock(f, X, W):
+        assert X.shape == (16, W.shape[1])
+        dense = W.float().mean() < 0.5
+        return 2.0 if dense else (1.0 if W.shape[0] == 64 else 3.0)
+
+    report = swap(model, packed, 16, {"fast": convert, "broken": refuse}, clock)
+    chosen = {choice.name: choice.chosen for choice in report}
+    assert {name for name, form in chosen.items() if form == "fast"} == {
+        name for name in packed if "gate" in name or "up" in name
+    }
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name] + 1 if chosen.get(name) == "fast" else before[name]), name
+    assert report[0].failed == {"broken": "wants rows of 128"}
+    assert report[0].ms == {"dense": 2.0, "fast": 3.0}
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_is_the_same_function(pruned, exported):
+    from transformers import AutoModelForCausalLM
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    model, report = load_sparse(exported, tokens=64)
+    dense = AutoModelForCausalLM.from_pretrained(pruned).cuda()
+    ids = torch.arange(32, device="cuda")[None]
+    assert len(report) == 14
+    torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=0.05, atol=0.05)
+
+
+# ---- what is refused
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu(exported):
+    with pytest.raises(DeviceError, match=r"no CUDA device here; .* compute capability 8.0 or more"):
+        load_sparse(exported)
+
+
+def other_pattern(pruned: Path) -> None:
+    path = pruned / "secateur" / "promise.json"
+    told = json.loads(path.read_text())
+    told["linears"]["model.layers.1.mlp.up_proj.weight"]["pattern"] = pattern_to_dict(Unstructured(0.5))
+    path.write_text(json.dumps(told))
+
+
+def broken_weight(pruned: Path) -> None:
+    held = load_file(pruned / "model.safetensors")
+    held["model.layers.0.self_attn.k_proj.weight"][3, :4] = 1
+    save_file(held, pruned / "model.safetensors", metadata={"format": "pt"})
+
+
+def dense(pruned: Path) -> None:
+    shutil.rmtree(pruned / "secateur")
+    held = {name: tensor.fill_(1) for name, tensor in load_file(pruned / "model.safetensors").items()}
+    save_file(held, pruned / "model.safetensors", metadata={"format": "pt"})
+
+
+def no_promise(pruned: Path) -> None:
+    (pruned / "secateur" / "promise.json").write_text('{"linears": 3}')
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kind", "said"),
+    [
+        (other_pattern, UsageError, r"model.layers.1.mlp.up_proj.weight is not 2:4 but 50%"),
+        (broken_weight, UsageError, r"model.layers.0.self_attn.k_proj.weight is not 2:4: row 3 has more than 2"),
+        (dense, UsageError, r"model\..*weight is not 2:4, nor is any matrix of"),
+        (no_promise, ArtefactError, r"not a promise file"),
+    ],
+)
+def test_what_cannot_be_exported(spoil, kind, said, pruned, tmp_path):
+    spoil(pruned)
+    with pytest.raises(kind, match=said):
+        export_to(pruned, "torch-2:4", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def flipped(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 4
+    file.write_bytes(data)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def later(file: Path) -> None:
+    file.write_bytes(file.read_bytes().replace(b'"sparse24":"1"', b'"sparse24":"2"'))
+
+
+def gone(file: Path) -> None:
+    file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [(flipped, "damaged"), (cut, "cannot be read"), (later, r"is of version 2, this reads 1"), (gone, r"holds no \*")],
+)
+def test_damaged_directories(spoil, said, exported):
+    spoil(exported / "model.sparse24.safetensors")
+    with pytest.raises(ArtefactError, match=said):
+        dense_state(exported)
