@@ -21,7 +21,7 @@ from typing import Any, Literal
 import psutil
 
 from secateur.errors import ProcessError, SecateurError, UsageError
-from secateur.models.runners import Opened, file_bytes, runtime_of
+from secateur.models.runners import RUNTIMES, Opened, file_bytes, runtime_of
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -99,6 +99,8 @@ def bench(dense: str, pruned: str, options: BenchOptions, update: Callable[[int,
     """
     sources = (dense, pruned)
     runtimes = [runtime_of(source, options.runtime) for source in sources]
+    for source, runtime in zip(sources, runtimes, strict=True):
+        RUNTIMES[runtime].check(source)
     load = os.getloadavg()[0]
     with ExitStack() as stack:
         workers = [stack.enter_context(_worker(options.used_threads)) for _ in sources]

@@ -4,11 +4,13 @@ import json
 import sys
 
 import pytest
+import torch
 
 from secateur.errors import ProcessError, SecateurError, UsageError
 from secateur.evaluation import bench
 from secateur.evaluation.bench import BenchOptions, Spread, _ask, _cell, _rounds, _worker
-from secateur.models.runners import file_bytes, runtime_of
+from secateur.evaluation.bench_worker import open_runner
+from secateur.models.runners import Opened, file_bytes, greedy, runtime_of
 
 
 def test_spread():
@@ -97,3 +99,16 @@ def test_a_worker_that_fails(answer, kind, said, monkeypatch, tmp_path):
     with _worker(1) as worker, pytest.raises(kind, match=said):
         _ask(worker, {"facts": True})
     assert worker.poll() is not None
+
+
+def test_a_context_that_is_too_short(tiny_llama, byte_tokenizer, tmp_path):
+    tiny_llama.save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    opened = Opened(str(tmp_path), torch.get_num_threads(), "auto", "cpu", 1)
+    with pytest.raises(UsageError, match=r"prompt and tokens are 65, the context of .* is 64; give fewer"):
+        open_runner("transformers", opened, 65)
+    runner, _ = open_runner("transformers", opened, 64)
+    ids = torch.arange(6)[None]
+    wanted = tiny_llama.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False)[0, 6:]
+    assert torch.equal(greedy(runner, ids, 4)[0], wanted)
+    assert torch.equal(greedy(runner, ids, 4)[0], wanted)  # it begins anew

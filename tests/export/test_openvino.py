@@ -233,7 +233,7 @@ def test_what_bench_asks_of_a_graph(exported):
     assert took["prefill"] > 0
     assert len(took["decode"]) == 3
     assert sum(runner.facts()["kernels"].values()) == 15
-    with pytest.raises(UsageError, match="prompt and tokens are 200, the context of .* is 128"):
+    with pytest.raises(UsageError, match=r"prompt and tokens are 200, the context of .* is 128"):
         open_runner("openvino", Opened(str(exported[0]), 1, "auto", "cpu", 1), 200)
 
 
