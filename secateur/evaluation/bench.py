@@ -26,7 +26,7 @@ from secateur.models.runners import RUNTIMES, Opened, file_bytes, runtime_of
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 BUSY = 0.3
-"""Load average per thread from which on numbers are said to be of a busy machine."""
+"""Load average, before anything is measured, from which on numbers are said to be taken under load."""
 
 
 @dataclass(frozen=True)

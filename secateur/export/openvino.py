@@ -34,6 +34,7 @@ from secateur.models.openvino import (
     VERSION,
     WEIGHTS,
     OpenVINOModel,
+    crc32_of,
     lacks_amx,
     openvino,
 )
@@ -107,7 +108,7 @@ def export_openvino(
         with watch.stage("check", "open it and measure"):
             opened = OpenVINOModel.open(stage)
             after = measure(opened, windows.held_out)
-            got = greedy(OpenVINORunner(opened), probe, GREEDY)
+            agreed = _agreed(opened, probe, wanted)
         told = {
             "parameters": parameters,
             "linears": [vars(record) for record in records],
@@ -118,7 +119,7 @@ def export_openvino(
             "tokenizer": tokenizer,
             "logits_apart": logits_apart,
             "nll": {"torch": before, "openvino": after, "windows": list(windows.held_out.shape)},
-            "greedy": {"tokens": GREEDY, "same": _agreed(wanted, got)},
+            "greedy": {"tokens": GREEDY, **agreed},
             "model_bytes": sum((stage / name).stat().st_size for name in (MODEL, WEIGHTS)),
             "dense_bytes": 2 * parameters,
         }
@@ -136,9 +137,13 @@ def sparse_properties(records: Iterable[Int8Record], rate: float) -> dict[str, A
     return {SPARSE_RATE: rate} if any(will_pack(record, rate) for record in records) else {}
 
 
-def _agreed(one: Tensor, other: Tensor) -> int:
-    """How many tokens are the same before the first that is not."""
-    return int((one == other).all(0).int().cumprod(0).sum())
+def _agreed(opened: OpenVINOModel, probe: Int64[Tensor, "1 S"], wanted: Int64[Tensor, "1 n"]) -> dict[str, int]:
+    """Of torch's greedy tokens: how many are the likeliest here too behind the same text, and how many come out equal
+    where the graph is left alone, before the first that does not."""
+    logits = opened(torch.cat([probe, wanted[:, :-1]], 1)).logits
+    following = logits[:, probe.shape[1] - 1 :].argmax(-1) == wanted
+    alone = greedy(OpenVINORunner(opened), probe, wanted.shape[1]) == wanted
+    return {"same": int(following.sum()), "before_first_other": int(alone[0].int().cumprod(0).sum())}
 
 
 def _refuse(source: str) -> None:
@@ -161,7 +166,8 @@ def _write_rest(loaded: Loaded, stage: Path, properties: dict[str, Any]) -> None
     if loaded.model.generation_config is not None:
         loaded.model.generation_config.save_pretrained(stage)
     loaded.tokenizer.save_pretrained(stage)
-    told = {"version": VERSION, "properties": properties, "weights_bytes": (stage / WEIGHTS).stat().st_size, "how": HOW}
+    sums = {name: crc32_of(stage / name) for name in (MODEL, WEIGHTS)}
+    told = {"version": VERSION, "properties": properties, "crc32": sums, "how": HOW}
     (stage / RUNTIME).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 

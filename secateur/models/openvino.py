@@ -2,7 +2,7 @@
 
     openvino_model.xml, .bin       the graph: input_ids, attention_mask, position_ids, beam_idx -> logits; keys and
                                    values of past tokens are kept inside
-    openvino_runtime.json          {"version": 1, "properties": {...}} for ``compile_model``
+    openvino_runtime.json          {"version": 1, "properties": {...} for ``compile_model``, "crc32": {FILE: number}}
     openvino_tokenizer.xml, ...    where openvino-tokenizers had it
 
 OpenVINO tells its maker about every import; here it is imported with that switched off.
@@ -10,6 +10,7 @@ OpenVINO tells its maker about every import; here it is imported with that switc
 
 import json
 import sys
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ SPARSE_RATE = "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE"
 """OpenVINO's property: matrices with at least this share of zeros are kept without them, where the kernels exist."""
 INSTALL = "pip install 'secateur[openvino]'"
 AGAIN = "export it again"
+PIECE = 1 << 22
+"""Bytes that are checked at one time."""
 CPUINFO = Path("/proc/cpuinfo")
 """Where Linux tells what the processor can."""
 PRECISE = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
@@ -68,17 +71,26 @@ def read_runtime(directory: Path) -> dict[str, Any]:
         raise ArtefactError(f"{directory} lacks {MODEL} or {RUNTIME}; give what `secateur export --to openvino` wrote")
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
-        version, properties, size = told["version"], told["properties"], told["weights_bytes"]
+        version, properties, sums = told["version"], dict(told["properties"]), dict(told["crc32"])
     except (ValueError, KeyError, TypeError) as error:
         raise ArtefactError(f"{path} cannot be read ({type(error).__name__}: {error}); {AGAIN}") from error
     if version != VERSION:
-        raise ArtefactError(
-            f"{path} is of version {version}, this secateur reads {VERSION}; update secateur, or {AGAIN}"
-        )
-    found = (directory / WEIGHTS).stat().st_size if (directory / WEIGHTS).is_file() else 0
-    if found != size or not isinstance(properties, dict):
-        raise ArtefactError(f"{directory / WEIGHTS} has {found} bytes and {size} by {RUNTIME}; copy or {AGAIN}")
+        update = f"this secateur reads {VERSION}; update secateur, or {AGAIN}"
+        raise ArtefactError(f"{path} is of version {version}, {update}")
+    for name in (MODEL, WEIGHTS):
+        if not (directory / name).is_file() or crc32_of(directory / name) != sums.get(name):
+            raise ArtefactError(
+                f"{directory / name} is damaged: its checksum is not that of {RUNTIME}; copy or {AGAIN}"
+            )
     return properties
+
+
+def crc32_of(path: Path) -> int:
+    found = 0
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            found = zlib.crc32(piece, found)
+    return found
 
 
 @dataclass

@@ -12,9 +12,6 @@ from secateur.report.tables import command, facts, percent, seconds, size
 def export_page(told: dict[str, Any]) -> list[RenderableType]:
     """All of what ``exports.export_to`` returns, and the command that goes on from there."""
     rows, *after = PAGES[told["target"]](told)
-    rows["time"] = ", ".join(
-        f"{name} {seconds(spent)} ({_rate(told['bytes_per_second'][name])})" for name, spent in told["seconds"].items()
-    )
     return [
         *facts(f"{told['source']} as {told['target']}", rows),
         *(Text(f"warning: {line}", style="yellow") for line in told["warnings"]),
@@ -31,6 +28,7 @@ def _sparse_safetensors(told: dict[str, Any]) -> tuple[Any, ...]:
         "bits per weight": _bits(told["bits_per_weight"], told["codes"]["tensors"]),
         "instead": ", ".join(f"{name} {size(count)}" for name, count in told["alternatives"].items())
         or f"see `secateur inspect {told['source']}`",
+        "time": _rates(told),
     }
     return (
         rows,
@@ -50,9 +48,11 @@ def _openvino(told: dict[str, Any]) -> tuple[Any, ...]:
         "kernels": f"{kernels(told['kernels'])} on this machine",
         "perplexity": f"{perplexity['torch']:.4g} in float32, {perplexity['openvino']:.4g} here"
         f" ({told['gap']:+.3f} in log), {told['nll']['windows'][0]} x {text['seq_len']} tokens of {text['name']}",
-        "greedy tokens": f"{greedy['same']} of {greedy['tokens']} as torch's before the first other one",
+        "greedy tokens": f"{greedy['same']} of torch's {greedy['tokens']} are the likeliest here behind the same text;"
+        f" alone, the first {greedy['before_first_other']} are the same",
         "graph": f"float32 logits within {told['logits_apart']:.0e} of torch's, of the largest, at once and in steps",
         "tokenizer": told["tokenizer"],
+        "time": ", ".join(f"{name} {seconds(spent)}" for name, spent in told["seconds"].items()),
     }
     return (
         rows,
@@ -65,6 +65,7 @@ def _two_of_four(told: dict[str, Any]) -> tuple[Any, ...]:
     rows = {
         "safetensors": f"{size(told['dense_bytes'])} to {size(told['packed_bytes'])}, {percent(told['share'])}",
         "2:4": f"{len(told['matrices'])} matrices",
+        "time": _rates(told),
     }
     code = f"model, report = secateur.load_sparse({told['out']!r})"
     return (
@@ -80,6 +81,12 @@ PAGES: dict[str, Callable[[dict[str, Any]], tuple[Any, ...]]] = {
     "torch-2:4": _two_of_four,
 }
 """By target: the rows, then the lines below them."""
+
+
+def _rates(told: dict[str, Any]) -> str:
+    """Seconds of every stage, and bytes of dense weights a second."""
+    rates = told["bytes_per_second"]
+    return ", ".join(f"{name} {seconds(spent)} ({_rate(rates[name])})" for name, spent in told["seconds"].items())
 
 
 def kernels(picked: dict[str, int]) -> str:

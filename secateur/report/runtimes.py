@@ -33,13 +33,13 @@ class Runtime:
 RUNTIMES = (
     Runtime("download", "smaller file with bitmask and compression", "`secateur export --to sparse-safetensors`", 0.2),
     Runtime(
-        "OpenVINO, AMX Xeon", "1.5x at 60 %, 1.7x at 70 % and more; less memory", "int8 weights and activations", 0.6
+        "OpenVINO, AMX Xeon", "1.5x at 60 %, 1.7x at 70 % and more; less memory", "`secateur export --to openvino`", 0.6
     ),
-    Runtime("OpenVINO, AMX Xeon", "1.2x at 50 %", "int8 weights and activations", 0.5),
+    Runtime("OpenVINO, AMX Xeon", "1.2x at 50 %", "`secateur export --to openvino`", 0.5),
     Runtime(
         "torch.sparse, CUDA sm_80+",
         "prefill and large batches, weights at 56 %; single-token decoding gets slower",
-        "to_sparse_semi_structured layer by layer",
+        "`secateur export --to torch-2:4`, layer by layer",
         kinds=("2:4",),
     ),
     Runtime(
