@@ -31,8 +31,10 @@ from secateur.core.pattern import Pattern, make_pattern
 from secateur.core.sparse_adamw import Absolute, Decay, Relative, Schedule
 
 DEFAULT_LOSS = Distillation()
-Method = Literal["ast", "ast_g", "srste", "cast", "fixed", "none"]
+Method = Literal["ast", "ast_g", "srste", "cast", "admm", "fixed", "none"]
 Metric = Literal["magnitude", "fisher", "taylor", "wanda"]
+PUBLISHED_SCALES = {"cast": 2}
+"""Scales of a row, of the methods whose papers have them."""
 LISTS = (*EXPRESSIONS, "data")
 """Fields that are lists in a recipe, or a single one of their items."""
 
@@ -47,7 +49,8 @@ class TrainConfig:
     tokens: int
     """Tokens of training, counted again in every epoch."""
     method: Method = "ast"
-    """Where the decay of pruned weights enters: ast, ast_g, srste, cast; fixed keeps the mask, none prunes nothing."""
+    """Where the decay of pruned weights enters: ast, ast_g, srste, cast; admm draws dense weights towards sparse ones
+    (ELSA); fixed keeps the mask, none prunes nothing."""
     sparsity: float | None = None
     """Share of zeros in [0, 1). Needed by every pattern but N:M, which says it itself."""
     pattern: str = "2:4"
@@ -81,19 +84,25 @@ class TrainConfig:
     clip: float = 1.0
     """Largest norm of the gradient."""
     decay: float | None = None
-    """lambda, the pull of pruned weights to zero, as one number for all matrices; none measures it with ``c``."""
+    """lambda, the pull of pruned weights to zero (of all to the sparse ones, for admm), as one number for all matrices;
+    none measures it with ``c``."""
     c: float = 3.0
     """That pull on an average pruned weight, in average gradients. Too small lets masks oscillate."""
     refresh: int = 10
-    """Steps between two choices of the mask."""
+    """Steps between two choices of the mask; ELSA has 32."""
     anneal: float = 0.25
     """Share of the steps in which the decay rises from zero."""
+    ramp: Literal["linear", "cosine"] = "linear"
+    """How it rises."""
     sparsify: float = 0.0
     """Share in which the sparsity rises to the pattern's own; N:M is at once always."""
     freeze: float = 0.8
     """Share after which the mask stays."""
     loss: Distillation = DEFAULT_LOSS
     """What is learnt from the teacher and what from the text."""
+    scales: int | None = None
+    """Learned scales of every row of a sparse matrix, one for each of so many groups of its inputs; they are multiplied
+    into the weights at the end. None takes what the method's paper has: 2 for cast, 0 for others."""
     slorb: int = 0
     """k of a trainable low-rank branch of rank in_features / k beside every sparse linear; 0 = none."""
     blocks: str = "all"
@@ -147,6 +156,8 @@ class TrainConfig:
                 raise ValueError(f"{name} is a share, in [0, 1]; got {getattr(self, name)}")
         if not self.data:
             raise ValueError("data is empty; give at least one text")
+        if self.scales is not None and self.scales < 0:
+            raise ValueError(f"scales must be at least 0, got {self.scales}")
         self.schedule()  # refuses shares that do not fit
         check_blocks(self.blocks)
         for name in EXPRESSIONS:
@@ -191,8 +202,13 @@ class TrainConfig:
     def pull(self) -> Decay:
         return Relative(self.c) if self.decay is None else Absolute(self.decay)
 
+    @property
+    def row_scales(self) -> int:
+        """Scales of a row."""
+        return PUBLISHED_SCALES.get(self.method, 0) if self.scales is None else self.scales
+
     def schedule(self) -> Schedule:
-        return Schedule(self.steps, self.refresh, self.anneal, self.sparsify, self.freeze)
+        return Schedule(self.steps, self.refresh, self.anneal, self.sparsify, self.freeze, self.ramp)
 
     def block_range(self, total: int) -> range:
         """The chosen blocks of a model that has ``total``."""

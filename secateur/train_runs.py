@@ -237,6 +237,7 @@ def _settled(config: TrainConfig, student: Loaded, device: str, precision: str, 
         "precision": precision,
         "blocks": f"{blocks.start}:{blocks.stop}",
         "data": [lasting(name) for name in config.data],
+        "scales": config.row_scales,
     }
     return train_config_from_dict({**config.to_dict(), **fields})
 
@@ -268,6 +269,7 @@ def _loop(
         decay=config.pull,
         metric=config.metric,
         scope=config.scope,
+        scales=config.row_scales,
         lr=config.lr,
         betas=config.betas,
         weight_decay=config.weight_decay,

@@ -14,7 +14,7 @@ from secateur.errors import UsageError
 @click.command("train")
 @click.argument("student", required=False)
 @click.option("--teacher", help="Model to learn from.  [default: what STUDENT was pruned from, or STUDENT itself]")
-@click.option("--method", help="ast, ast_g, srste, cast, fixed or none.  [default: ast]")
+@click.option("--method", help="ast, ast_g, srste, cast, admm, fixed or none.  [default: ast]")
 @click.option("--sparsity", type=float, help="Share of zeros, 0.7 for 70 %. Not needed with an N:M pattern.")
 @click.option("--pattern", help="unstructured, row, global, N:M (N KEPT of every M) or block:RxC.  [default: 2:4]")
 @click.option("--data", multiple=True, help=f"Training text, repeatable: {DATA_HELP}  [default: c4]")

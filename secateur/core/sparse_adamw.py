@@ -13,7 +13,10 @@ Methods differ in where the decay enters and in what the second moment sees:
     ast_g   the same u;  v sees g² (of pruned weights g² + (lambda W)²): for kept weights this is Adam at Adam's rates
     srste   g + lambda * pruned * W enters both moments (SR-STE, arXiv:2102.04010)
     cast    the model computes with dense W; m is drawn towards lambda * sign(W) on pruned weights, ever more so, until
-            W is made sparse for the last part (CAST, arXiv:2509.25996, its AdamS; without its learned row scales)
+            W is made sparse for the last part (CAST, arXiv:2509.25996, its AdamS; its row scales: ``row_scales``)
+    admm    the model computes with dense W; u = m + lambda (W - Z + U), of the augmented Lagrangian of "the least loss
+            of a sparse W". At a refresh Z becomes the sparse part of W + U and U what that leaves (ELSA,
+            arXiv:2510.01650). Once the mask is frozen, fixed
     fixed   Adam on the kept weights; the mask stays as it was
     none    Adam; nothing is pruned
 
@@ -34,6 +37,8 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
+from secateur.core.row_scales import scaled
+
 
 class Weights(NamedTuple):
     """What the optimizer holds of one parameter, in float32. Changed in place."""
@@ -48,6 +53,12 @@ class Weights(NamedTuple):
     """The mask; None where nothing is pruned."""
     inputs: Float[Tensor, "..."] | None = None
     """Mean square of every input of the matrix, (C,), or (C, 1) beside a W stored as (C, R); None = not known yet."""
+    scale: Float[Tensor, "..."] | None = None
+    """Row scales A: the model computes with A ⊙ W. None = none."""
+    split: Float[Tensor, "..."] | None = None
+    """ADMM's W + U at the last refresh: Z where it is kept (U is 0 there), U where it is pruned (Z is 0 there)."""
+    penalty: float = 0.0
+    """ADMM's lambda since then."""
 
 
 @dataclass(frozen=True)
@@ -113,14 +124,38 @@ def cast_(held: Weights, g: Float[Tensor, "..."], step: Step) -> None:
     _move_(held, u, u, step)
 
 
+def admm_(held: Weights, g: Float[Tensor, "..."], step: Step) -> None:
+    """ADMM's step towards the least loss near Z - U (ELSA, Algorithm 1).
+
+    v sees the whole gradient, as published; m that of the loss alone, so that a ``Relative`` lambda has a measure.
+    """
+    held.W.mul_(1 - step.lr * step.weight_decay)
+    held.m.lerp_(g, 1 - step.beta1)
+    split = _split(held)
+    pull = held.penalty * (held.W - torch.where(_kept(held), split, -split))
+    _move_(held, held.m + pull, g + pull, step)
+
+
+def dual_(held: Weights, penalty: float) -> None:
+    """U takes in W - Z, before a new mask says which part of W + U is the new Z. lambda U outlives another lambda."""
+    split = _split(held)
+    U = torch.where(_kept(held), 0.0, split) * (held.penalty / penalty if penalty else 1.0)
+    split.copy_(held.W + U)
+
+
 UPDATES: dict[str, Update] = {
     "ast": ast_,
     "ast_g": ast_g_,
     "srste": srste_,
     "cast": cast_,
+    "admm": admm_,
     "fixed": fixed_,
     "none": adamw_,
 }
+ONCE_FROZEN: dict[str, Update] = {"admm": fixed_}
+"""What those that are another method with a frozen mask become."""
+DENSE_UNTIL_FROZEN = ("cast", "admm")
+"""Methods whose model computes with all weights while the mask still moves."""
 
 
 def pruned_part(held: Weights) -> Float[Tensor, "..."]:
@@ -129,14 +164,25 @@ def pruned_part(held: Weights) -> Float[Tensor, "..."]:
 
 
 def masked(held: Weights) -> Float[Tensor, "..."]:
-    """W where it is kept, +0.0 where it is pruned (a product with the mask would leave -0.0)."""
-    return torch.where(_kept(held), held.W, 0.0)
+    """A ⊙ W where it is kept, +0.0 where it is pruned (a product with the mask would leave -0.0)."""
+    return torch.where(_kept(held), dense(held), 0.0)
+
+
+def dense(held: Weights) -> Float[Tensor, "..."]:
+    """A ⊙ W."""
+    return scaled(held.W, held.scale)
 
 
 def _kept(held: Weights) -> Bool[Tensor, "..."]:
     if held.keep is None:
         raise ValueError("this update needs a mask; use adamw_ for parameters that are not pruned")
     return held.keep
+
+
+def _split(held: Weights) -> Float[Tensor, "..."]:
+    if held.split is None:
+        raise ValueError("admm needs the sum of W and U; give Weights a split, a copy of W in the beginning")
+    return held.split
 
 
 def _move_(held: Weights, u: Float[Tensor, "..."], seen: Float[Tensor, "..."], step: Step) -> None:
@@ -149,6 +195,12 @@ def _move_(held: Weights, u: Float[Tensor, "..."], seen: Float[Tensor, "..."], s
 # ------------------------------------------------------------------------------------------------------------ schedules
 
 
+RAMPS: dict[str, Callable[[float], float]] = {
+    "linear": lambda share: share,
+    "cosine": lambda share: (1 - math.cos(math.pi * share)) / 2,
+}
+
+
 @dataclass(frozen=True)
 class Schedule:
     """When what happens in a training of ``steps`` optimizer steps. Shares are of all steps."""
@@ -157,11 +209,13 @@ class Schedule:
     refresh: int = 10
     """Steps between two choices of the mask."""
     anneal: float = 0.25
-    """Share in which the decay rises from zero, linearly; then it stays."""
+    """Share in which the decay rises from zero; then it stays."""
     sparsify: float = 0.0
     """Share in which the sparsity rises cubically to the pattern's own; 0 is at once. N:M is at once always."""
     freeze: float = 0.8
-    """Share after which the mask stays; CAST's dense weights become sparse there."""
+    """Share after which the mask stays; the dense weights of CAST and ADMM become sparse there."""
+    ramp: str = "linear"
+    """How the decay rises, a key of ``RAMPS``: AST's line, or half a wave of a cosine."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.refresh < 1:
@@ -169,12 +223,14 @@ class Schedule:
         for name in ("anneal", "sparsify", "freeze"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share of all steps, in [0, 1]; got {getattr(self, name)}")
+        if self.ramp not in RAMPS:
+            raise ValueError(f"ramp {self.ramp!r} is unknown; use one of {', '.join(RAMPS)}")
         if self.sparsify > self.freeze:
             raise ValueError(f"sparsify ({self.sparsify}) must end before the mask is frozen ({self.freeze})")
 
     def annealed(self, number: int) -> float:
         """Share of the full decay in step ``number`` (from 1): AST's Eq. 3."""
-        return min(1.0, number / (self.anneal * self.steps)) if self.anneal else 1.0
+        return RAMPS[self.ramp](min(1.0, number / (self.anneal * self.steps))) if self.anneal else 1.0
 
     def progress(self, number: int) -> float:
         return min(1.0, number / self.steps)
@@ -247,12 +303,15 @@ def flipped(before: Bool[Tensor, "..."], after: Bool[Tensor, "..."]) -> Integer[
 
 
 def by_magnitude(held: Weights, step: Step) -> Float[Tensor, "..."]:
-    """|W|: what AST found best."""
-    return held.W.abs()
+    """|A W|: what AST found best."""
+    return dense(held).abs()
 
 
 def by_fisher(held: Weights, step: Step) -> Float[Tensor, "..."]:
-    """W² v: what the loss loses to second order with the diagonal Fisher matrix as the Hessian (ELSA's weight)."""
+    """W² v: what the loss loses to second order with the diagonal Fisher matrix as the Hessian (ELSA's weight).
+
+    No scale is missing: m and v are of the gradient at W, A times that at A W.
+    """
     return held.W.square() * held.v
 
 
@@ -262,8 +321,8 @@ def by_taylor(held: Weights, step: Step) -> Float[Tensor, "..."]:
 
 
 def by_wanda(held: Weights, step: Step) -> Float[Tensor, "..."]:
-    """|W| sqrt(mean x²) (Wanda, arXiv:2306.11695); |W| of a matrix that no input has reached yet."""
-    return held.W.abs() if held.inputs is None else held.W.abs() * held.inputs.sqrt()
+    """|A W| sqrt(mean x²) (Wanda, arXiv:2306.11695); |A W| of a matrix that no input has reached yet."""
+    return dense(held).abs() if held.inputs is None else dense(held).abs() * held.inputs.sqrt()
 
 
 Metric = Callable[[Weights, Step], Float[Tensor, "..."]]

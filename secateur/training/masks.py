@@ -14,6 +14,7 @@ from torch import Tensor
 
 from secateur.core.allotment import allotted
 from secateur.core.pattern import Pattern, Unstructured, by_rows, check_mask, check_shape, keep_mask, kept_count
+from secateur.core.row_scales import check_groups
 from secateur.errors import UsageError
 from secateur.training import shards
 from secateur.training.shards import local
@@ -43,6 +44,16 @@ def check_inputs(parameter: Tensor, *, transposed: bool) -> None:
         raise UsageError(
             f"metric wanda wants a matrix that is shared out by its outputs, and {shape} is stored as (in, out); use "
             "metric magnitude, fisher or taylor, or do not shard"
+        )
+
+
+def check_scales(parameter: Tensor, n: int, *, transposed: bool) -> None:
+    """ValueError where rows cannot have n scales, UsageError where a process does not hold whole rows."""
+    check_groups(parameter.shape[-2 if transposed else -1], n)
+    if n and transposed and shards.is_split(parameter):
+        raise UsageError(
+            f"scales want a matrix that is shared out by its outputs, and {tuple(parameter.shape)} is stored as (in, "
+            "out); use scales 0, or do not shard"
         )
 
 

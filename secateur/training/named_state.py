@@ -27,7 +27,7 @@ from secateur.training.optimizer import SparseAdamW
 
 WRAPPERS = re.compile(r"^module\.|(?<![^.])(_orig_mod|_checkpoint_wrapped_module)\.")
 """What DDP, torch.compile and activation checkpointing put into the names of a model's parameters."""
-NUMBERS = ("decay", "flips", "tokens")
+NUMBERS = ("decay", "flips", "tokens", "penalty")
 """State that is one number a matrix."""
 Named = Iterable[tuple[str, Tensor]]
 

@@ -23,7 +23,7 @@ Memory for a parameter in 16 bit: 2 bytes of it, 2 of its gradient, 12 of master
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
@@ -42,28 +42,28 @@ from secateur.core.pattern import (
     ramped,
 )
 from secateur.core.sparse_adamw import (
+    DENSE_UNTIL_FROZEN,
     INPUT_MEMORY,
     METRICS,
     NEED_INPUTS,
+    ONCE_FROZEN,
     UPDATES,
     Decay,
     Relative,
     Schedule,
     Step,
-    Update,
     Weights,
     adamw_,
+    dense,
     flipped,
     masked,
 )
-from secateur.training import masks, shards
+from secateur.training import held, masks, shards
 from secateur.training.shards import local
 
-Method = Literal["ast", "ast_g", "srste", "cast", "fixed", "none"]
+Method = Literal["ast", "ast_g", "srste", "cast", "admm", "fixed", "none"]
 MetricName = Literal["magnitude", "fisher", "taylor", "wanda"]
 Scope = Literal["matrix", "global"]
-DENSE_UNTIL_FROZEN = ("cast",)
-"""Methods whose model computes with all weights while the mask still moves."""
 DEFAULT_DECAY = Relative()
 
 
@@ -75,8 +75,9 @@ class SparseAdamW(Optimizer):
     Parameters of a group with a pattern are matrices (R, C), or stacks of them, where each has the pattern for itself.
     With ``begin=False`` there is no state, and the model stays dense, until ``begin()``: for parameters that are yet to
     be sharded, moved or replaced. In the scope "global" the sparsity of an ``Unstructured`` pattern is that of all
-    matrices together: one threshold decides (``core.allotment``). Raises ValueError for an unknown method or metric and
-    for shapes that cannot carry the pattern.
+    matrices together: one threshold decides (``core.allotment``). ``scales`` is how many learned scales every row
+    of a sparse matrix has (``core.row_scales``), which ``project`` multiplies into the weights. Raises ValueError for
+    an unknown method or metric and for shapes that cannot carry the pattern.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class SparseAdamW(Optimizer):
         decay: Decay = DEFAULT_DECAY,
         metric: MetricName = "magnitude",
         scope: Scope = "matrix",
+        scales: int = 0,
         lr: float = 2e-4,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
@@ -102,6 +104,7 @@ class SparseAdamW(Optimizer):
                 f"wanted lr >= 0, betas in [0, 1), eps > 0, weight_decay >= 0; got {lr}, {betas}, {eps}, {weight_decay}"
             )
         self.schedule, self.method, self.decay, self.metric, self.scope = schedule, method, decay, metric, scope
+        self.scales = scales
         self.begun = False  # until all groups are there
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._check_scope()
@@ -130,6 +133,7 @@ class SparseAdamW(Optimizer):
             masks.check_carries(parameter, self._pattern(group), transposed=group["transposed"])
             if self.metric in NEED_INPUTS:
                 masks.check_inputs(parameter, transposed=group["transposed"])
+            masks.check_scales(parameter, self.scales, transposed=group["transposed"])
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -148,7 +152,8 @@ class SparseAdamW(Optimizer):
         new = [(parameter, group) for parameter, group in self._all() if parameter not in self.state]
         for parameter, group in new:
             self._check_carries(parameter, group)
-            self._begin(parameter, group)
+            inputs, split = self.metric in NEED_INPUTS, self.method == "admm"
+            self.state[parameter] = held.begin(parameter, group, inputs=inputs, scales=self.scales, split=split)
         sparse = [(p, group) for p, group in new if group["pattern"] is not None and self.method != "none"]
         patterns = self._wanted(sparse)
         for parameter, group in sparse:
@@ -160,19 +165,6 @@ class SparseAdamW(Optimizer):
 
     def _all(self) -> list[tuple[Tensor, dict[str, Any]]]:
         return [(parameter, group) for group in self.param_groups for parameter in group["params"]]
-
-    def _begin(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        sparse = group["pattern"] is not None
-        state = self.state[parameter]
-        state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
-        state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
-        if sparse or parameter.dtype != torch.float32:
-            state["master"] = parameter.detach().float().clone()
-        if sparse and self.metric in NEED_INPUTS:
-            C = parameter.shape[0 if group["transposed"] else 1]
-            shape = (C, 1) if group["transposed"] else (C,)
-            state["inputs"] = torch.zeros(shape, dtype=torch.float32, device=local(parameter).device)
-            state["tokens"] = torch.zeros(())
 
     # ------------------------------------------------------------------------------------------------------- one step
 
@@ -236,30 +228,35 @@ class SparseAdamW(Optimizer):
                 f"a parameter of shape {tuple(parameter.shape)} has no state: call begin() before the first step, and "
                 "after anything that replaces parameters (prepare or fully_shard)"
             )
-        held, state, grad = self._held(parameter), self.state[parameter], local(parameter.grad).float()
+        own, state, grad = self._held(parameter), self.state[parameter], local(parameter.grad).float()
+        if own.scale is not None:
+            used = own.W if own.keep is None or self._dense(step.number) else torch.where(own.keep, own.W, 0.0)
+            grad = held.move_scales(state, grad, used, replace(step, weight_decay=0.0))
         if "mask" in state:
-            update: Update = UPDATES[self.method]
+            later = ONCE_FROZEN if self.schedule.frozen(step.number) else {}
+            update = later.get(self.method, UPDATES[self.method])
             decay = float(state["decay"]) * self.schedule.annealed(step.number)
-            update(held, grad, Step(**{**vars(step), "decay": decay}))
+            update(own, grad, replace(step, decay=decay))
         else:
-            adamw_(held, grad, step)
+            adamw_(own, grad, step)
+
+    def _dense(self, number: int) -> bool:
+        """Whether the model computes with all weights in step ``number``."""
+        return self.method in DENSE_UNTIL_FROZEN and not self.schedule.frozen(number)
 
     def _held(self, parameter: Tensor) -> Weights:
-        """The rows that this process holds."""
-        parts = {key: local(value) for key, value in self.state[parameter].items()}
-        master = parts["master"] if "master" in parts else local(parameter.detach())
-        inputs = parts["inputs"] / parts["tokens"] if parts.get("tokens") else None
-        return Weights(master, parts["exp_avg"], parts["exp_avg_sq"], parts.get("mask"), inputs)
+        return held.held(parameter, self.state[parameter])
 
     def _refresh(self, due: list[tuple[Tensor, dict[str, Any]]]) -> None:
-        """Choose masks anew, and measure the decay."""
+        """Measure the decay, and choose masks anew."""
+        for parameter, group in due:
+            held.measure(parameter, self.state[parameter], self.decay, self.schedule.annealed(group["step"]))
         patterns = self._wanted(due) if self.method != "fixed" else {}
         for parameter, group in due:
-            held, state = self._held(parameter), self.state[parameter]
-            state["decay"] = torch.tensor(self.decay.of(held, partial(shards.norm, parameter=parameter)))
             if parameter in patterns:
+                own, state = self._held(parameter), self.state[parameter]
                 mask = self._chosen(parameter, group, patterns[parameter])
-                flips = shards.total(flipped(held.keep, mask), parameter)  # pyright: ignore[reportArgumentType]
+                flips = shards.total(flipped(own.keep, mask), parameter)  # pyright: ignore[reportArgumentType]
                 state["flips"] = torch.tensor(int(flips) / parameter.numel())
                 local(state["mask"]).copy_(mask)
 
@@ -273,8 +270,8 @@ class SparseAdamW(Optimizer):
         return masks.shares(lambda p: self._scores(p, groups[p]), [*ramps], next(iter(ramps.values())).sparsity)
 
     def _scores(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        held, step = self._held(parameter), self._step_of(group)
-        return METRICS[self.metric](held, step) if step.number else held.W.abs()  # no moments yet
+        metric = self.metric if group["step"] else "magnitude"  # no moments yet
+        return METRICS[metric](held.judged(parameter, self.state[parameter]), self._step_of(group))
 
     def _chosen(self, parameter: Tensor, group: dict[str, Any], pattern: Pattern) -> Tensor:
         return masks.chosen(self._scores(parameter, group), parameter, pattern, transposed=group["transposed"])
@@ -284,12 +281,11 @@ class SparseAdamW(Optimizer):
 
     def _write(self, parameter: Tensor, group: dict[str, Any]) -> None:
         """The parameter becomes what the model is to compute with."""
-        held = self._held(parameter)
-        dense = self.method in DENSE_UNTIL_FROZEN and not self.schedule.frozen(group["step"] + 1)
-        if held.keep is not None and not dense:
-            local(parameter).copy_(masked(held))
+        own = self._held(parameter)
+        if own.keep is not None and not self._dense(group["step"] + 1):
+            local(parameter).copy_(masked(own))
         elif "master" in self.state[parameter]:
-            local(parameter).copy_(held.W)
+            local(parameter).copy_(dense(own))
 
     @torch.no_grad()
     def rewrite(self) -> None:
@@ -304,15 +300,20 @@ class SparseAdamW(Optimizer):
     def project(self) -> None:
         """Set every pruned weight to zero, in the master too, and hold the model to its patterns. All, together.
 
+        Row scales are multiplied into the weights, which are the model's to the bit, and are 1 from here on.
+
         Raises RuntimeError where a mask breaks its pattern: the sparsity had not risen to its end, for one.
         """
         self.begin()
         patterns = self.promised()
         for parameter, group in self._all():
+            own, state = self._held(parameter), self.state[parameter]
+            if parameter in patterns or own.scale is not None:
+                own.W.copy_(masked(own) if parameter in patterns else dense(own))
+                local(parameter).copy_(own.W)
+            if own.scale is not None:
+                local(state["scale"]).fill_(1.0)
             if parameter in patterns:
-                held = self._held(parameter)
-                held.W.copy_(masked(held))
-                local(parameter).copy_(held.W)
                 masks.check(parameter, patterns[parameter], transposed=group["transposed"])
 
     @torch.no_grad()

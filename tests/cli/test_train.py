@@ -75,6 +75,10 @@ def test_every_step_is_recorded(trained):
 WAYS = {
     "ast": ["--method", "ast"],
     "cast": ["--method", "cast"],
+    "admm": [
+        *("--method", "admm", "--pattern", "unstructured", "--sparsity", 0.8),
+        *("--set", "metric=fisher", "--set", "ramp=cosine", "--set", "refresh=4"),
+    ],
     "wanda": ["--set", "metric=wanda", "--set", "gradient_checkpointing=true"],
     "global": ["--pattern", "global", "--sparsity", 0.6, "--set", "sparsify=0.5"],
 }
@@ -144,6 +148,19 @@ def test_other_patterns_and_none(flags, run, sharp_dir, text_file, tmp_path):
     assert run("inspect", tmp_path / "out").code == 0
     zeros = sum(map(bool, masks(tmp_path / "out").values()))
     assert zeros == (0 if "none" in flags else 14)
+
+
+def test_admm_keeps_exactly_what_it_promised(run, sharp_dir, text_file, tmp_path):
+    from safetensors.torch import load_file
+
+    flags = ["--method", "admm", "--pattern", "unstructured", "--sparsity", 0.9, "--set", "metric=fisher"]
+    ran = run("train", sharp_dir, "--data", text_file, *SMALL, *flags, "--out", tmp_path / "out", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["held_out"]["after"]["divergence"] < 2 * ran.json["held_out"]["before"]["divergence"]
+    assert run("inspect", tmp_path / "out").code == 0
+    matrices = {k: w for k, w in load_file(tmp_path / "out" / "model.safetensors").items() if "proj" in k}
+    assert len(matrices) == 14
+    assert all(int((w == 0).sum()) == round(0.9 * w.numel()) for w in matrices.values())
 
 
 @pytest.mark.parametrize("start", ["dense", "pruned"])

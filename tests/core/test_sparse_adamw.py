@@ -15,6 +15,7 @@ from secateur.core.sparse_adamw import (
     by_fisher,
     by_taylor,
     by_wanda,
+    dual_,
     flipped,
     masked,
     pruned_part,
@@ -48,7 +49,9 @@ def test_without_decay_nothing_moves_by_itself(method):
     assert torch.equal(held.W, before)
 
 
-def by_hand(method, W, g, number, m, v, kept, lr=0.1, b1=0.9, b2=0.95, lam=0.5, alpha=0.25, wd=0.2, eps=1e-8):
+def by_hand(
+    method, W, g, number, m, v, kept, lr=0.1, b1=0.9, b2=0.95, lam=0.5, alpha=0.25, wd=0.2, split=0.4, eps=1e-8
+):
     """One weight, equations as in the papers."""
     W *= 1 - lr * wd
     decay = 0.0 if kept else lam * W
@@ -58,6 +61,9 @@ def by_hand(method, W, g, number, m, v, kept, lr=0.1, b1=0.9, b2=0.95, lam=0.5, 
         g = 0.0
     m = b1 * m + (1 - b1) * g
     u = m + decay if method in ("ast", "ast_g") else m
+    if method == "admm":
+        pull = lam * (W - (split if kept else -split))
+        u, g = m + pull, g + pull
     if method == "cast" and not kept:
         u = (1 - alpha) * m + alpha * lam * math.copysign(1, W)
     seen = u if method in ("ast", "cast") else math.hypot(g, decay) if method == "ast_g" else g
@@ -71,6 +77,7 @@ def by_hand(method, W, g, number, m, v, kept, lr=0.1, b1=0.9, b2=0.95, lam=0.5, 
 def test_two_steps_by_hand(method, kept):
     wd = 0.0 if method == "srste" else 0.2  # there the pull is taken before AdamW's own decay
     held = Weights(*(torch.tensor([[x]], dtype=torch.float64) for x in (0.7, 0.0, 0.0)), torch.tensor([[kept]]))
+    held = held._replace(split=torch.tensor([[0.4]], dtype=torch.float64), penalty=0.5)
     W, m, v = 0.7, 0.0, 0.0
     for number, g in ((1, 0.3), (2, -0.2)):
         step = Step(number, lr=0.1, weight_decay=wd, decay=0.5, progress=0.25)
@@ -79,6 +86,29 @@ def test_two_steps_by_hand(method, kept):
     assert held.W.item() == pytest.approx(W, rel=1e-12)
     assert held.m.item() == pytest.approx(m, rel=1e-12)
     assert held.v.item() == pytest.approx(v, rel=1e-12)
+
+
+def test_a_dual_step_by_hand():
+    """W + U - Z, with U scaled so that lambda U is what it was."""
+    held = Weights(torch.tensor([[1.0, -3.0, 0.5, 2.0]]), *torch.zeros(2, 1, 4), torch.tensor([[True, False] * 2]))
+    held = held._replace(split=torch.tensor([[9.0, 0.25, 9.0, -0.5]]), penalty=0.2)
+    dual_(held, 0.4)
+    assert held.split.tolist() == [[1.0, -3.0 + 0.25 / 2, 0.5, 2.0 - 0.5 / 2]]
+    unscaled = held._replace(split=torch.ones(1, 4), penalty=0.0)
+    dual_(unscaled, 0.0)
+    assert unscaled.split.tolist() == [[1.0, -2.0, 0.5, 3.0]]
+
+
+def test_admm_ends_where_the_sparse_minimum_is():
+    """f = (W - a)² / 2, the two largest of each row kept: W comes to a there and to 0 elsewhere, and stays dense."""
+    a = torch.tensor([[3.0, -2.0, 0.5, 0.25], [0.1, 1.0, -0.2, -1.5]])
+    held = Weights(a.clone(), torch.zeros(2, 4), torch.zeros(2, 4), a.abs() >= 1, split=a.clone(), penalty=0.3)
+    for number in range(1, 2001):
+        UPDATES["admm"](held, held.W - a, Step(number, lr=2e-3))
+        if number % 20 == 0:
+            dual_(held, 0.3)
+    assert (held.W - torch.where(held.keep, a, 0.0)).abs().max() < 0.02
+    assert torch.allclose(held.split[~held.keep], (a / 0.3)[~held.keep], atol=0.05), "lambda U = -gradient"
 
 
 def test_the_published_second_moment_makes_steps_larger():
@@ -109,6 +139,8 @@ def test_an_update_that_needs_a_mask_says_so():
     held = Weights(*(torch.zeros(1, 2) for _ in range(3)))
     with pytest.raises(ValueError, match="needs a mask; use adamw_"):
         UPDATES["ast"](held, torch.zeros(1, 2), Step(1, lr=0.1))
+    with pytest.raises(ValueError, match="give Weights a split"):
+        UPDATES["admm"](held, torch.zeros(1, 2), Step(1, lr=0.1))
 
 
 def test_the_schedule_ends_where_it_should():
@@ -118,6 +150,8 @@ def test_the_schedule_ends_where_it_should():
     assert [schedule.frozen(t) for t in (75, 76, 100)] == [False, True, True]
     assert [schedule.sparsity_reached(t) for t in (0, 25, 50, 75)] == [0, 0.5, 1, 1]
     assert schedule.progress(100) == 1
+    waved = Schedule(steps=100, anneal=0.5, ramp="cosine")
+    assert [waved.annealed(t) for t in (0, 25, 50, 99)] == pytest.approx([0, 0.5, 1, 1])
     at_once = Schedule(steps=7, anneal=0.0, freeze=1.0)
     assert (at_once.annealed(1), at_once.sparsity_reached(0)) == (1, 1)
     odd = Schedule(steps=10, sparsify=0.75, freeze=0.75)
@@ -131,6 +165,7 @@ def test_the_schedule_ends_where_it_should():
         ({"steps": 0}, "at least 1"),
         ({"steps": 5, "refresh": 0}, "at least 1"),
         ({"steps": 5, "anneal": 1.5}, r"anneal is a share of all steps, in \[0, 1\]"),
+        ({"steps": 5, "ramp": "square"}, "ramp 'square' is unknown; use one of linear, cosine"),
         ({"steps": 5, "sparsify": 0.9, "freeze": 0.5}, "must end before the mask is frozen"),
     ],
 )

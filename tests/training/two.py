@@ -32,10 +32,12 @@ from secateur.training.shards import is_first
 
 STEPS, HALF = 8, 5
 CASES = [
-    *((method, "2:4") for method in ("ast", "ast_g", "srste", "cast", "fixed", "none")),
+    *((method, "2:4") for method in ("ast", "ast_g", "srste", "cast", "admm", "fixed", "none")),
     ("ast", "unstructured"),
     ("ast", "row"),
     ("ast", "global"),
+    ("cast", "scales"),
+    ("admm", "unstructured"),
 ]
 
 
@@ -157,6 +159,8 @@ WRAPS = {
 
 def optimizer_for(model, method="ast", structure="2:4", **options):
     scope = "global" if structure == "global" else "matrix"
+    if structure == "scales":
+        structure, options = "2:4", {"scales": 2, **options}
     pattern = make_pattern("unstructured" if scope == "global" else structure, None if ":" in structure else 0.6)
     schedule = Schedule(STEPS, refresh=2, freeze=0.75)
     return SparseAdamW(llama_groups(model, pattern), method=method, lr=1e-2, schedule=schedule, scope=scope, **options)
