@@ -105,6 +105,11 @@ class TrainConfig:
     into the weights at the end. None takes what the method's paper has: 2 for cast, 0 for others."""
     slorb: int = 0
     """k of a trainable low-rank branch of rank in_features / k beside every sparse linear; 0 = none."""
+    lora: int = 0
+    """Rank of an adapter for every sparse linear: they alone are trained, under the mask as it is, and merged at the
+    end; needs method fixed. 0 trains the weights."""
+    lora_scale: float = 1.0
+    """What the adapters' product is multiplied with, LoRA's alpha / rank."""
     blocks: str = "all"
     """Which decoder blocks become sparse: all, first-half, or A:B. Everything is trained."""
     include: tuple[str, ...] = ()
@@ -132,6 +137,7 @@ class TrainConfig:
         self._check_pattern()
         least = {
             "slorb": 0,
+            "lora": 0,
             "tolerated": 0,
             "seq_len": 2,
             "batch": 1,
@@ -148,7 +154,7 @@ class TrainConfig:
                 f"{self.tokens} tokens are less than one step of batch x seq_len = {self.step_tokens}; give more "
                 "tokens, or a smaller batch or seq_len"
             )
-        for name in ("lr", "clip", "c"):
+        for name in ("lr", "clip", "c", "lora_scale"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
         for name in ("warmup", "final_lr"):
@@ -158,6 +164,9 @@ class TrainConfig:
             raise ValueError("data is empty; give at least one text")
         if self.scales is not None and self.scales < 0:
             raise ValueError(f"scales must be at least 0, got {self.scales}")
+        if self.sparsify and self.method == "fixed":
+            raise ValueError("sparsify lets the mask move, and method fixed keeps it; leave out one of them")
+        self._check_lora()
         self.schedule()  # refuses shares that do not fit
         check_blocks(self.blocks)
         for name in EXPRESSIONS:
@@ -173,6 +182,17 @@ class TrainConfig:
             )
         elif self.slorb:
             raise ValueError("slorb starts from masks of single matrices, and global has none; use unstructured")
+
+    def _check_lora(self) -> None:
+        if self.lora and self.method != "fixed":
+            raise ValueError(
+                f"lora trains adapters under a mask that stays, and method {self.method} does not keep it; use method "
+                "fixed"
+            )
+        others = {"slorb": self.slorb, "scales": self.row_scales, "shard": self.shard, "pattern global": self.scope}
+        clash = [name for name, there in others.items() if there and there != "matrix"]
+        if self.lora and clash:
+            raise ValueError(f"lora trains its adapters and nothing else, in whole matrices; leave out {clash[0]}")
 
     @property
     def step_tokens(self) -> int:

@@ -40,6 +40,7 @@ from secateur.training.inputs import InputSums
 from secateur.training.learner import Learner
 from secateur.training.loop import Loop, LoopOptions, StepRecord
 from secateur.training.low_rank import start_slorb
+from secateur.training.masked_lora import merge_lora, start_lora
 from secateur.training.optimizer import SparseAdamW
 from secateur.training.outcome import left_over
 
@@ -119,6 +120,7 @@ class TrainRun:
         with opened(out, self.identity, resume=resume) as work:
             before = work.kept
             records, noted = self.steps(work)
+            merge_lora(self.student.model)
             report = self.report(records, noted) | {"out": str(out), "resumed_after_steps": before}
             kept = self.kept()
             shards.gathered(self.student.model)
@@ -158,6 +160,8 @@ class TrainRun:
 
     def kept(self) -> Plan:
         """What the trained weights will be held to. In all processes."""
+        if self.config.lora:
+            return self.plan
         promised = self.loop.optimizer.promised()
         return kept_plan(self.adapter, self.plan, promised) if promised else Plan({})
 
@@ -254,6 +258,9 @@ def _loop(
     model = student.model.to(accelerator.device).requires_grad_(True).train()
     if config.slorb:
         start_slorb(model, first_masks(adapter, plan), config.slorb)
+    generator, lora = torch.Generator().manual_seed(config.seed), []
+    if config.lora:
+        lora = start_lora(model, first_masks(adapter, plan), config.lora, config.lora_scale, generator)
     if config.gradient_checkpointing:
         with quiet():  # newer transformers have another name for it and say so
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -263,7 +270,7 @@ def _loop(
         _check_launched(accelerator)
         shards.spread(learner, adapter.blocks, accelerator.device)
     optimizer = SparseAdamW(
-        parameter_groups(adapter, plan),
+        [{"params": lora}] if lora else parameter_groups(adapter, plan),
         schedule=config.schedule(),
         method=config.method,
         decay=config.pull,
@@ -277,7 +284,7 @@ def _loop(
     options = LoopOptions(
         config.steps, config.lr, config.warmup, config.final_lr, config.clip, config.micro_batch, config.tolerated
     )
-    inputs = InputSums(sparse_linears(adapter, plan)) if config.metric in NEED_INPUTS else None
+    inputs = InputSums(sparse_linears(adapter, plan)) if config.metric in NEED_INPUTS and not lora else None
     return Loop(learner, optimizer, batches, options, accelerator, inputs)
 
 

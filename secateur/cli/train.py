@@ -24,6 +24,7 @@ from secateur.errors import UsageError
 @click.option("--micro-batch", type=int, help="Windows in memory at one time.  [default: 1]")
 @click.option("--lr", type=float, help="Highest learning rate.  [default: 2e-4]")
 @click.option("--slorb", type=int, metavar="K", help="Low-rank branches of rank inputs / K beside the sparse linears.")
+@click.option("--lora", type=int, metavar="R", help="Train adapters of rank R alone, merged under a fixed mask.")
 @click.option("--seed", type=int, help="Orders the windows.  [default: 0]")
 @click.option("--blocks", help="Which become sparse: all, first-half, or A:B (B not included).  [default: all]")
 @click.option("--include", multiple=True, metavar="REGEX", help="Only linears whose name it matches; repeatable.")

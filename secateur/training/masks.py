@@ -48,8 +48,11 @@ def check_inputs(parameter: Tensor, *, transposed: bool) -> None:
 
 
 def check_scales(parameter: Tensor, n: int, *, transposed: bool) -> None:
-    """ValueError where rows cannot have n scales, UsageError where a process does not hold whole rows."""
-    check_groups(parameter.shape[-2 if transposed else -1], n)
+    """UsageError where rows cannot have n scales, or a process does not hold whole rows."""
+    try:
+        check_groups(parameter.shape[-2 if transposed else -1], n)
+    except ValueError as error:
+        raise UsageError(f"a matrix of shape {tuple(parameter.shape)}: {error}") from error
     if n and transposed and shards.is_split(parameter):
         raise UsageError(
             f"scales want a matrix that is shared out by its outputs, and {tuple(parameter.shape)} is stored as (in, "

@@ -79,6 +79,7 @@ WAYS = {
         *("--method", "admm", "--pattern", "unstructured", "--sparsity", 0.8),
         *("--set", "metric=fisher", "--set", "ramp=cosine", "--set", "refresh=4"),
     ],
+    "lora": ["--method", "fixed", "--lora", 4, "--set", "gradient_checkpointing=true"],
     "wanda": ["--set", "metric=wanda", "--set", "gradient_checkpointing=true"],
     "global": ["--pattern", "global", "--sparsity", 0.6, "--set", "sparsify=0.5"],
 }
@@ -121,6 +122,27 @@ def test_a_pruned_student_learns_from_what_it_was_pruned_from(run, sharp_dir, te
     assert masks(pruned) == masks(tmp_path / "out")
 
 
+def test_adapters_keep_every_zero_of_a_pruned_student(run, sharp_dir, text_file, tmp_path):
+    pruned = tmp_path / "pruned"
+    assert run("prune", sharp_dir, "--method", "magnitude", "--pattern", "2:4", "--out", pruned).code == 0
+    flags = ["--data", text_file, *SMALL, "--method", "fixed", "--lora", 4, "--out", tmp_path / "out", "--json"]
+    ran = run("train", pruned, *flags)
+    assert ran.code == 0, ran.err
+    assert ran.json["held_out"]["after"]["divergence"] < 0.8 * ran.json["held_out"]["before"]["divergence"]
+    assert run("inspect", tmp_path / "out").code == 0
+    before, after = (load_all(folder) for folder in (pruned, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    for name, W in before.items():
+        assert (after[name][W == 0] == 0).all()
+        assert ("proj" in name) == bool((after[name] != W).any())
+
+
+def load_all(directory):
+    from safetensors.torch import load_file
+
+    return load_file(directory / "model.safetensors")
+
+
 def masks(directory):
     from safetensors.torch import load_file
 
@@ -151,16 +173,19 @@ def test_other_patterns_and_none(flags, run, sharp_dir, text_file, tmp_path):
 
 
 def test_admm_keeps_exactly_what_it_promised(run, sharp_dir, text_file, tmp_path):
-    from safetensors.torch import load_file
-
-    flags = ["--method", "admm", "--pattern", "unstructured", "--sparsity", 0.9, "--set", "metric=fisher"]
-    ran = run("train", sharp_dir, "--data", text_file, *SMALL, *flags, "--out", tmp_path / "out", "--json")
-    assert ran.code == 0, ran.err
-    assert ran.json["held_out"]["after"]["divergence"] < 2 * ran.json["held_out"]["before"]["divergence"]
-    assert run("inspect", tmp_path / "out").code == 0
-    matrices = {k: w for k, w in load_file(tmp_path / "out" / "model.safetensors").items() if "proj" in k}
+    """And is better than what it would be pruned to at once."""
+    pattern = ["--data", text_file, *SMALL, "--pattern", "unstructured", "--sparsity", 0.9, "--json"]
+    flags = {"fixed": ["--tokens", 128], "admm": ["--set", "metric=fisher"]}
+    ran = {m: run("train", sharp_dir, *pattern, "--method", m, *flags[m], "--out", tmp_path / m) for m in flags}
+    assert ran["admm"].code == 0, ran["admm"].err
+    at_once, ours = (
+        ran[m].json["held_out"][when]["divergence"] for m, when in (("fixed", "before"), ("admm", "after"))
+    )
+    assert ours < 0.7 * at_once
+    assert run("inspect", tmp_path / "admm").code == 0
+    matrices = {name: W for name, W in load_all(tmp_path / "admm").items() if "proj" in name}
     assert len(matrices) == 14
-    assert all(int((w == 0).sum()) == round(0.9 * w.numel()) for w in matrices.values())
+    assert all(int((W == 0).sum()) == round(0.9 * W.numel()) for W in matrices.values())
 
 
 @pytest.mark.parametrize("start", ["dense", "pruned"])
@@ -229,6 +254,27 @@ WRONG = {
         2,
         "use unstructured",
     ),
+    "adapters under a moving mask": (
+        ["--data", "{text}", *SMALL, "--lora", 4],
+        2,
+        "lora trains adapters under a mask that stays, and method ast does not keep it; use method fixed",
+    ),
+    "adapters and branches": (
+        ["--data", "{text}", *SMALL, "--method", "fixed", "--lora", 4, "--slorb", 8],
+        2,
+        "leave out slorb",
+    ),
+    "adapters too large": (
+        ["--data", "{text}", *SMALL, "--method", "fixed", "--lora", 40],
+        2,
+        "an adapter's rank must lie in 1..",
+    ),
+    "a fixed mask that grows": (
+        ["--data", "{text}", *SMALL, "--method", "fixed", "--set", "sparsify=0.5"],
+        2,
+        "sparsify lets the mask move, and method fixed keeps it",
+    ),
+    "scales that do not divide": (["--data", "{text}", *SMALL, "--set", "scales=3"], 2, "in_features divisible by 3"),
     "unknown metric": (["--data", "{text}", *SMALL, "--set", "metric=wands"], 2, "metric: input should be 'magnitude'"),
     "no tokens": (["--data", "{text}"], 2, "no --tokens; say how long to train"),
     "too few tokens": (["--data", "{text}", "--tokens", 10], 2, "10 tokens are less than one step"),

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 SMALL = ["--tokens", 1536, "--seq-len", 32, "--batch", 4, "--micro-batch", 1, "--lr", 1e-3, "--set", "holdout=4"]
@@ -54,6 +55,17 @@ def test_two_processes_train_as_one(way, metric, flags, run, tmp_path):
     assert difference < 1e-3
     assert moved < 1e-3
     assert run("inspect", tmp_path / "two").code == 0
+
+
+def test_two_processes_train_adapters_as_one(flags, run, tmp_path):
+    adapters = [*flags[: flags.index("--slorb")], "--method", "fixed", "--lora", 4, "--json"]
+    alone = run(*adapters, "--out", tmp_path / "one")
+    assert alone.code == 0, alone.err
+    ran = two(*adapters, "--out", tmp_path / "two")
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(one[name] == 0, other[name] == 0) for name in one)
+    assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-4
 
 
 def test_two_go_on_where_one_was_killed(flags, run, killed_at, tmp_path):
