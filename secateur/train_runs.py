@@ -42,12 +42,10 @@ from secateur.training.loop import Loop, LoopOptions, StepRecord
 from secateur.training.low_rank import start_slorb
 from secateur.training.masked_lora import merge_lora, start_lora
 from secateur.training.optimizer import SparseAdamW
-from secateur.training.outcome import left_over
+from secateur.training.outcome import Outset, outset, warnings
 
 MACHINE = ("checkpoint",)
 """Keys of a recipe that change how a machine is used and not one byte of the result."""
-UNSETTLED = 1e-3
-"""Share of a mask that changed at its last refresh, above which it is said to oscillate."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ class TrainRun:
         records, noted = work.restore(self.loop)
         if not noted:
             with self.watch.stage("held out", "loss on held-out windows, before"):
-                noted = {"before": self.loop.held_out(), "pruned": left_over(self.loop.optimizer)}
+                noted = {"before": self.loop.held_out(), "outset": asdict(outset(self.loop.optimizer))}
         with self.watch.stage("train", f"train, going on after step {len(records)}" if records else "train"):
             for record in self.loop.run():
                 records.append(record)
@@ -203,28 +201,12 @@ class TrainRun:
             "flip_rate": records[-1].flip_rate,
             "skipped_steps": self.loop.skipped,
             "data": [{**text.provenance, "name": text.name} for text in self.texts],
-            "warnings": self.warnings(records, noted["pruned"]),
+            "warnings": warnings(
+                config.method, records, Outset(**noted["outset"]), self.student.model.dtype, self.loop.skipped
+            ),
             "low_rank": None,
             "versions": versions(),
         } | self.watch.spent()
-
-    def warnings(self, records: list[StepRecord], left: float) -> list[str]:
-        """What went badly and what would help. ``left``: how far pruned weights were from zero in the beginning."""
-        lines, moving = [], self.config.method not in ("fixed", "none")
-        if moving and records[-1].flip_rate > UNSETTLED:
-            lines.append(
-                f"{records[-1].flip_rate:.2%} of the masks changed at their last refresh: they had not settled; give "
-                "more tokens, a larger c, or a smaller anneal"
-            )
-        reach = sum(record.lr for record in records)
-        if moving and reach < left:
-            lines.append(
-                f"the rates of all steps add up to {reach:.2g}, and pruned weights were {left:.2g} away from zero on "
-                "the average: the decay could not bring them there; give more tokens, a larger lr, or a pruned student"
-            )
-        if self.loop.skipped:
-            lines.append(f"{self.loop.skipped} steps were left out, their gradients were not finite; lower lr")
-        return lines
 
 
 def _said(record: StepRecord) -> str:
