@@ -7,6 +7,7 @@
     python benchmarks/pieces.py inspect DIR     memory that inspecting DIR takes above what the process began with
     python benchmarks/pieces.py keep            making one finished block and its hidden states durable
     python benchmarks/pieces.py chaos           what rounding noise in the embedding does to masks and perplexity
+    python benchmarks/pieces.py vocabulary      peak memory of the distillation loss at 128,256 words, in chunks and at once
     python benchmarks/pieces.py profile DIR     seconds by stage of the run that wrote DIR, from its records
 
 The model is SmolLM2-135M-Instruct (``demo``); texts are found through SECATEUR_DATA. To be run on an idle machine, one
@@ -18,6 +19,8 @@ import copy
 import json
 import os
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -27,8 +30,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from secateur import PruneConfig, prune
+from secateur.core.losses import Distillation, distill
 from secateur.core.pattern import NM, Pattern, Unstructured
 from secateur.core.solvers import ADMM, Magnitude, Solver, SparseGPT, Wanda
 from secateur.core.sparsellm import SparseLLM
@@ -47,6 +52,10 @@ PATTERNS: dict[str, Pattern] = {"70%": Unstructured(0.7), "2:4": NM(2, 4)}
 BY_NAME: dict[str, Solver] = {"magnitude": Magnitude(), "wanda": Wanda(), "sparsegpt": SparseGPT(), "admm": ADMM()}
 NOISE = (0.0, 1e-6, 1e-5, 1e-3)
 """Relative changes of the embedding."""
+WORDS, WIDTHS, LENGTHS = 128_256, (64, 576), (512, 1024, 2048)
+"""Llama 3's vocabulary, hidden sizes, and tokens of a batch."""
+CHUNKS = {"at once": 0, "chunk 1024": 1024, "chunk 128": 128}
+"""0: logits of all tokens and plain torch, as the formula reads."""
 Lines = Iterator[dict[str, Any]]
 
 
@@ -136,6 +145,45 @@ def chaos() -> Lines:
             yield {"method": method, "noise": noise, "changed": changed, "ppl": ppl}
 
 
+def vocabulary() -> Lines:
+    """Every case in a process of its own, since a peak never falls."""
+    for D in WIDTHS:
+        for T in LENGTHS:
+            for way, chunk in CHUNKS.items():
+                call = f"import pieces; print(*pieces.loss_memory({D}, {T}, {chunk}))"
+                command = [sys.executable, "-c", call]
+                ran = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+                above, seconds, loss = map(float, ran.stdout.split())
+                yield {"hidden": D, "tokens": T, "way": way, "MB_above_start": above / 1e6, "s": seconds, "loss": loss}
+
+
+def loss_memory(D: int, T: int, chunk: int) -> tuple[int, float, float]:
+    """Peak memory of loss and gradients above that of hidden states and heads, seconds, and the loss. One thread."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(WORDS, D, generator=generator) / D**0.5 for _ in range(2))
+    hidden = torch.randn(T, D, generator=generator).requires_grad_()
+    targets = torch.randint(WORDS, (T,), generator=generator)
+    student.requires_grad_()
+    _loss(hidden[:8], student, teacher, targets[:8], chunk).backward()  # whatever is loaded at the first call
+    before, start = peak(), time.perf_counter()
+    loss = _loss(hidden, student, teacher, targets, chunk)
+    loss.backward()
+    return peak() - before, time.perf_counter() - start, loss.item()
+
+
+def _loss(hidden: Tensor, student: Tensor, teacher: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    options = Distillation(chunk=max(chunk, 1))
+    if chunk:
+        head, taught = (lambda x: x @ student.T), (lambda i, j: hidden[i:j].detach() @ teacher.T)
+        return distill(hidden, head, targets, taught, options).total
+    logits, wanted, T = hidden @ student.T, hidden.detach() @ teacher.T, options.temperature
+    apart = functional.kl_div(
+        (logits / T).log_softmax(-1), (wanted / T).log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    return options.alpha * T**2 * apart + (1 - options.alpha) * functional.cross_entropy(logits, targets)
+
+
 def profile(directory: str) -> Lines:
     lines = (Path(directory) / "secateur" / "records.jsonl").read_text(encoding="utf-8").splitlines()
     stages: dict[str, float] = defaultdict(float)
@@ -153,6 +201,7 @@ PIECES: dict[str, Callable[..., Lines]] = {
     "inspect": inspecting,
     "keep": keeping,
     "chaos": chaos,
+    "vocabulary": vocabulary,
     "profile": profile,
 }
 

@@ -102,13 +102,14 @@ def train(
     """Train a model sparse by distilling a teacher: by default what the student was pruned from, or the student itself.
 
     ``out`` is a directory that does not exist yet or that an earlier run wrote; ``resume`` goes on with a run to it
-    that was stopped. A student that is given loaded is changed in place.
+    that was stopped. A student that is given loaded is changed in place. A tracker's files go beside it, ``OUT.logs``.
     """
     from secateur.train_runs import TrainRun
 
     place = Path(os.path.abspath(Path(out).expanduser()))
     refuse_occupied(place, overwrite=True)
-    run = TrainRun.prepare(student, teacher, config, Stopwatch(progress))
+    logs = place.with_name(place.name + ".logs")
+    run = TrainRun.prepare(student, teacher, config, Stopwatch(progress), logs)
     if resume and (report := finished_report(place / "secateur", run.identity)) is not None:
         run.watch.progress.stage(f"{place} is complete: nothing was left to do")
         return run.reopened(place, report)

@@ -130,6 +130,9 @@ class TrainConfig:
     """Of products (autocast), and of the teacher's weights; auto takes bfloat16 where the processor multiplies it."""
     checkpoint: int = 50
     """Steps between two states on disk. Changes no weight."""
+    tracker: str | None = None
+    """Who is told every step, beside the records: tensorboard, wandb, mlflow or another of accelerate's trackers; files
+    go to OUT.logs. Changes no weight."""
     tolerated: int = 10
     """Steps without a finite loss that are left out before the run ends."""
 

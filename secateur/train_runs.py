@@ -6,12 +6,14 @@ kept beside it (``training.checkpoint``).
 
 import hashlib
 import statistics
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.config import dump_recipe
@@ -43,9 +45,13 @@ from secateur.training.low_rank import start_slorb
 from secateur.training.masked_lora import merge_lora, start_lora
 from secateur.training.optimizer import SparseAdamW
 from secateur.training.outcome import Outset, outset, warnings
+from secateur.training.tracking import checked as checked_tracker
+from secateur.training.tracking import tracked
 
-MACHINE = ("checkpoint",)
+MACHINE = ("checkpoint", "tracker")
 """Keys of a recipe that change how a machine is used and not one byte of the result."""
+DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+"""What accelerate may do with several processes: start them, and wrap the model in DDP."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +81,16 @@ class TrainRun:
     watch: Stopwatch
 
     @classmethod
-    def prepare(cls, student: Named, teacher: Named | None, config: TrainConfig, watch: Stopwatch) -> "TrainRun":
+    def prepare(
+        cls, student: Named, teacher: Named | None, config: TrainConfig, watch: Stopwatch, logs: Path | None = None
+    ) -> "TrainRun":
+        """``logs``: where a tracker may write files."""
         device = resolve_device(config.device)
         precision = resolve_precision(config.precision, device)
-        accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
+        accelerator = Accelerator(
+            cpu=device == "cpu", mixed_precision="no", log_with=checked_tracker(config.tracker), project_dir=logs
+        )
+        _check_launch(accelerator, config)
         with watch.stage("data", f"read {', '.join(config.data)}"):
             texts = [read_texts(name, "calibration") for name in config.data]
         own = open_model(student, None, config.dtype, watch)
@@ -145,9 +157,13 @@ class TrainRun:
         if not noted:
             with self.watch.stage("held out", "loss on held-out windows, before"):
                 noted = {"before": self.loop.held_out(), "outset": asdict(outset(self.loop.optimizer))}
-        with self.watch.stage("train", f"train, going on after step {len(records)}" if records else "train"):
+        with (
+            self.watch.stage("train", f"train, going on after step {len(records)}" if records else "train"),
+            self.tracked() as tell,
+        ):
             for record in self.loop.run():
                 records.append(record)
+                tell(record)
                 if record.step % config.checkpoint == 0 and record.step < config.steps:
                     work.keep(self.loop, records, noted)
                 progress.update(record.step, config.steps, _said(record))
@@ -155,6 +171,9 @@ class TrainRun:
         with self.watch.stage("held out", "loss on held-out windows, after"):
             noted |= {"after": self.loop.held_out()}
         return records, noted
+
+    def tracked(self) -> AbstractContextManager[Callable[[StepRecord], None]]:
+        return tracked(self.loop.accelerator, self.config.to_dict())
 
     def kept(self) -> Plan:
         """What the trained weights will be held to. In all processes."""
@@ -249,7 +268,6 @@ def _loop(
     autocast = torch.bfloat16 if config.precision == "bfloat16" else None
     learner = Learner(model, teacher.ask, config.loss, autocast)
     if config.shard:
-        _check_launched(accelerator)
         shards.spread(learner, adapter.blocks, accelerator.device)
     optimizer = SparseAdamW(
         [{"params": lora}] if lora else parameter_groups(adapter, plan),
@@ -270,6 +288,11 @@ def _loop(
     return Loop(learner, optimizer, batches, options, accelerator, inputs)
 
 
-def _check_launched(accelerator: Accelerator) -> None:
-    if accelerator.num_processes == 1:
+def _check_launch(accelerator: Accelerator, config: TrainConfig) -> None:
+    if config.shard and accelerator.num_processes == 1:
         raise UsageError("shard deals a model out to several processes and this is one; start it with torchrun")
+    if accelerator.distributed_type not in DISTRIBUTED:
+        raise UsageError(
+            f"accelerate was told to use {accelerator.distributed_type.value}; it would replace the optimizer's "
+            "parameters: launch with docs/accelerate/gpus.yaml, or torchrun, and --set shard=true"
+        )
