@@ -7,7 +7,7 @@
     python benchmarks/pieces.py inspect DIR     memory that inspecting DIR takes above what the process began with
     python benchmarks/pieces.py keep            making one finished block and its hidden states durable
     python benchmarks/pieces.py chaos           what rounding noise in the embedding does to masks and perplexity
-    python benchmarks/pieces.py vocabulary      peak memory of the distillation loss at 128,256 words, in chunks and at once
+    python benchmarks/pieces.py vocabulary      memory of the distillation loss at 128,256 words, in chunks and at once
     python benchmarks/pieces.py profile DIR     seconds by stage of the run that wrote DIR, from its records
 
 The model is SmolLM2-135M-Instruct (``demo``); texts are found through SECATEUR_DATA. To be run on an idle machine, one
