@@ -30,6 +30,7 @@ from secateur.models.grids import check_carriers, divisions, note_input
 from secateur.models.load import Loaded
 from secateur.models.save import clear_leftovers, staged
 from secateur.pruning.oneshot import Beside, BlockRecord, RunOptions, prune_blocks
+from secateur.pruning.records import short_of_tokens
 from secateur.pruning.selection import Selection
 from secateur.pruning.work import Watcher, Work
 from secateur.pruning.workdir import Workdir, opened
@@ -48,7 +49,6 @@ from secateur.runs import (
     resolve_device,
     resolve_precision,
     select_linears,
-    short_of_tokens,
     windows_of,
     with_text_needed,
 )

@@ -29,7 +29,7 @@ from secateur.pruning.hidden import Budget
 from secateur.pruning.low_rank import check_ranks
 from secateur.pruning.oneshot import BlockRecord, RunOptions, prune_blocks
 from secateur.pruning.ranks import ALONE, Ranks
-from secateur.pruning.records import LinearRecord
+from secateur.pruning.records import LinearRecord, short_of_tokens
 from secateur.pruning.selection import Selection, select
 from secateur.pruning.work import PROBE_TOKENS
 from secateur.pruning.workdir import Workdir, opened
@@ -324,19 +324,6 @@ def _low_rank(linears: Sequence[LinearRecord], plan: Plan, dtype: torch.dtype) -
         "bits_per_weight": (bits + VALUE_BITS * numbers) / plan.size,
         "returned": sum(branch.returned for _, branch in branched) / len(branched),
     }
-
-
-def short_of_tokens(linears: Sequence[LinearRecord]) -> list[str]:
-    """One line where some linears saw fewer tokens than they have inputs, which leaves directions unknown."""
-    seen = [linear.inputs for linear in linears if linear.inputs]
-    short = [inputs for inputs in seen if inputs.tokens < inputs.columns]
-    if not short:
-        return []
-    worst = min(short, key=lambda inputs: inputs.tokens / inputs.columns)
-    return [
-        f"{len(short)} of {len(seen)} linears saw fewer tokens than they have inputs, such as {worst.tokens} for "
-        f"{worst.columns}: some directions are unknown; use more samples or longer ones"
-    ]
 
 
 def resolve_device(device: Device) -> Literal["cpu", "cuda"]:

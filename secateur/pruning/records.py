@@ -1,5 +1,6 @@
 """What a run tells about itself, block by block: plain values that become lines of records.jsonl."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -72,3 +73,16 @@ class BlockRecord:
 def block_record(data: dict[str, Any]) -> BlockRecord:
     """Inverse of ``BlockRecord.to_dict``, also behind JSON."""
     return TypeAdapter(BlockRecord).validate_python({key: value for key, value in data.items() if key != "kind"})
+
+
+def short_of_tokens(linears: Sequence[LinearRecord]) -> list[str]:
+    """One line where some linears saw fewer tokens than they have inputs, which leaves directions unknown."""
+    seen = [linear.inputs for linear in linears if linear.inputs]
+    short = [inputs for inputs in seen if inputs.tokens < inputs.columns]
+    if not short:
+        return []
+    worst = min(short, key=lambda inputs: inputs.tokens / inputs.columns)
+    return [
+        f"{len(short)} of {len(seen)} linears saw fewer tokens than they have inputs, such as {worst.tokens} for "
+        f"{worst.columns}: some directions are unknown; use more samples or longer ones"
+    ]

@@ -39,7 +39,7 @@ def test_version(run):
 
 
 def test_verbs(run):
-    verbs = ["prune", "train", "cache", "plan", "eval", "inspect", "export", "unpack", "methods", "demo"]
+    verbs = ["prune", "train", "quantize", "cache", "plan", "eval", "inspect", "export", "unpack", "methods", "demo"]
     assert list(cli.commands) == verbs
     assert run().out == run("--help").out
 
