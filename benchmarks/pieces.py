@@ -7,7 +7,8 @@
     python benchmarks/pieces.py inspect DIR     memory that inspecting DIR takes above what the process began with
     python benchmarks/pieces.py keep            making one finished block and its hidden states durable
     python benchmarks/pieces.py chaos           what rounding noise in the embedding does to masks and perplexity
-    python benchmarks/pieces.py vocabulary      memory of the distillation loss at 128,256 words, in chunks and at once
+    python benchmarks/pieces.py vocabulary      peak memory of the distillation loss at 128,256 words
+    python benchmarks/pieces.py ninety          methods of sparse training at 90 %, a model of 260K weights, 200 steps
     python benchmarks/pieces.py profile DIR     seconds by stage of the run that wrote DIR, from its records
 
 The model is SmolLM2-135M-Instruct (``demo``); texts are found through SECATEUR_DATA. To be run on an idle machine, one
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from secateur import PruneConfig, prune
+from secateur import PruneConfig, TrainConfig, prune, train
 from secateur.core.losses import Distillation, distill
 from secateur.core.pattern import NM, Pattern, Unstructured
 from secateur.core.solvers import ADMM, Magnitude, Solver, SparseGPT, Wanda
@@ -54,6 +55,17 @@ NOISE = (0.0, 1e-6, 1e-5, 1e-3)
 """Relative changes of the embedding."""
 WORDS, WIDTHS, LENGTHS = 128_256, (64, 576), (512, 1024, 2048)
 """Llama 3's vocabulary, hidden sizes, and tokens of a batch."""
+STORIES = DATA / "models" / "stories260k", DATA / "train" / "tinystories_sample.jsonl"
+FISHER: dict[str, Any] = {"method": "admm", "metric": "fisher"}
+NINETY: dict[str, dict[str, Any]] = {
+    "fixed": {"method": "fixed"},
+    "ast_g": {"method": "ast_g"},
+    "admm, fisher, c 3": FISHER,
+    "admm, fisher, c 30": FISHER | {"c": 30.0},
+    "admm, magnitude, c 30": {"method": "admm", "c": 30.0},
+    "admm, fisher, c 100": FISHER | {"c": 100.0},
+    "admm, fisher, c 100, frozen at half": FISHER | {"c": 100.0, "freeze": 0.5},
+}
 CHUNKS = {"at once": 0, "chunk 1024": 1024, "chunk 128": 128}
 """0: logits of all tokens and plain torch, as the formula reads."""
 Lines = Iterator[dict[str, Any]]
@@ -184,6 +196,19 @@ def _loss(hidden: Tensor, student: Tensor, teacher: Tensor, targets: Tensor, chu
     return options.alpha * T**2 * apart + (1 - options.alpha) * functional.cross_entropy(logits, targets)
 
 
+def ninety() -> Lines:
+    """Divergence from the dense model on held-out windows; one thread."""
+    torch.set_num_threads(1)
+    model, text = STORIES
+    shared: dict[str, Any] = {"pattern": "unstructured", "sparsity": 0.9, "lr": 3e-3, "tokens": 204_800, "seq_len": 256}
+    shared |= {"batch": 4, "micro_batch": 4, "holdout": 16, "data": (str(text),)}
+    for name, options in NINETY.items():
+        with tempfile.TemporaryDirectory() as folder:
+            report = train(model, TrainConfig(**{**shared, **options}), out=Path(folder) / "out").report
+        told = {key: report["held_out"]["after"][key] for key in ("divergence", "cross_entropy")}
+        yield {"method": name, **told, "flip_rate": report["flip_rate"]}
+
+
 def profile(directory: str) -> Lines:
     lines = (Path(directory) / "secateur" / "records.jsonl").read_text(encoding="utf-8").splitlines()
     stages: dict[str, float] = defaultdict(float)
@@ -202,6 +227,7 @@ PIECES: dict[str, Callable[..., Lines]] = {
     "keep": keeping,
     "chaos": chaos,
     "vocabulary": vocabulary,
+    "ninety": ninety,
     "profile": profile,
 }
 

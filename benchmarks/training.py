@@ -81,12 +81,15 @@ def cases() -> Iterator[Case]:
     for method in ("fixed", "ast", "cast", "ast_g"):
         yield trained(method)
     yield trained("ast", "ast, slorb 16", slorb=16)
+    yield trained("fixed", "fixed, lora 16", lora=16)
     for method in ("fixed", "ast"):
         yield trained(method, seed=1)
     for pattern in ("70%", "80%"):
         yield Case("one-shot", pattern)
         yield trained("ast", pattern=pattern)
         yield trained("ast", "ast, cold", pattern=pattern, start="cold")
+        for start, name in (("one-shot", "admm"), ("cold", "admm, cold")):
+            yield trained("admm", name, pattern=pattern, start=start, metric="fisher", c=30.0)
 
 
 def trained(

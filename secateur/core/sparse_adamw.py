@@ -125,15 +125,19 @@ def cast_(held: Weights, g: Float[Tensor, "..."], step: Step) -> None:
 
 
 def admm_(held: Weights, g: Float[Tensor, "..."], step: Step) -> None:
-    """ADMM's step towards the least loss near Z - U (ELSA, Algorithm 1).
+    """ADMM's step towards the least loss near Z - U (ELSA, Algorithm 1), by Adam.
 
-    v sees the whole gradient, as published; m that of the loss alone, so that a ``Relative`` lambda has a measure.
+    m and v are of the loss alone: a ``Relative`` lambda measures m, and v is the Fisher diagonal of the metric. The pull
+    of the penalty is exact, not an average, and enters the denominator, so that no step is longer than Adam's. The
+    public code adds it to g before Adam; a pruned weight then scores by its own pull, and masks do not settle.
     """
     held.W.mul_(1 - step.lr * step.weight_decay)
     held.m.lerp_(g, 1 - step.beta1)
+    held.v.mul_(step.beta2).addcmul_(g, g, value=1 - step.beta2)
     split = _split(held)
     pull = held.penalty * (held.W - torch.where(_kept(held), split, -split))
-    _move_(held, held.m + pull, g + pull, step)
+    root = (held.v / (1 - step.beta2**step.number)).addcmul_(pull, pull).sqrt_().add_(step.eps)
+    held.W.addcdiv_(held.m / (1 - step.beta1**step.number) + pull, root, value=-step.lr)
 
 
 def dual_(held: Weights, penalty: float) -> None:
