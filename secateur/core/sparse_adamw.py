@@ -127,8 +127,8 @@ def cast_(held: Weights, g: Float[Tensor, "..."], step: Step) -> None:
 def admm_(held: Weights, g: Float[Tensor, "..."], step: Step) -> None:
     """ADMM's step towards the least loss near Z - U (ELSA, Algorithm 1), by Adam.
 
-    m and v are of the loss alone: a ``Relative`` lambda measures m, and v is the Fisher diagonal of the metric. The pull
-    of the penalty is exact, not an average, and enters the denominator, so that no step is longer than Adam's. The
+    m and v are of the loss alone: a ``Relative`` lambda measures m, and v is the Fisher diagonal of the metric. The
+    penalty's pull is exact, not an average, and enters the denominator, so that no step is longer than Adam's. The
     public code adds it to g before Adam; a pruned weight then scores by its own pull, and masks do not settle.
     """
     held.W.mul_(1 - step.lr * step.weight_decay)
