@@ -129,7 +129,7 @@ def admm_(held: Weights, g: Float[Tensor, "..."], step: Step) -> None:
 
     m and v are of the loss alone: a ``Relative`` lambda measures m, and v is the Fisher diagonal of the metric. The
     penalty's pull is exact, not an average, and enters the denominator, so that no step is longer than Adam's. The
-    public code adds it to g before Adam; a pruned weight then scores by its own pull, and masks do not settle.
+    public code adds it to g before Adam; by ``fisher`` a pruned weight then scores by its own pull.
     """
     held.W.mul_(1 - step.lr * step.weight_decay)
     held.m.lerp_(g, 1 - step.beta1)
