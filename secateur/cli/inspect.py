@@ -23,6 +23,7 @@ def command(directory: Path, baseline: str | None, as_json: bool) -> int:
     from secateur.evaluation.inspect import Checkpoint, inspect
     from secateur.export.directory import is_packed, load_packed
     from secateur.models.load import load
+    from secateur.models.sparse24 import dense_state, is_sparse24
     from secateur.models.stored import stored_state
     from secateur.quantization.accounting import storage_of
     from secateur.quantization.compressed import Dequantized, is_quantized
@@ -34,8 +35,9 @@ def command(directory: Path, baseline: str | None, as_json: bool) -> int:
     if baseline is not None:
         reference = stored_state(load(baseline, dtype="auto").model)
     packed = load_packed(directory) if is_packed(directory) else None
-    codes = Dequantized(directory, packed or Checkpoint(directory)) if is_quantized(directory) else None
-    found = inspect(directory, reference, packed if codes is None else codes)
+    tensors = dense_state(directory) if is_sparse24(directory) else packed
+    codes = Dequantized(directory, tensors or Checkpoint(directory)) if is_quantized(directory) else None
+    found = inspect(directory, reference, tensors if codes is None else codes)
     storage = storage_of(codes, {row.name: row.zeros for row in found.rows}).to_dict() if codes else None
     told = {**found.to_dict(), "packed": packed is not None, "quantized": storage}
     lines = [*(packed_lines(found.path) if packed else []), *(quantized_lines(storage) if storage else [])]

@@ -22,6 +22,7 @@ from secateur.export.sizes import Sizes, sizes_of
 from secateur.export.sparse_safetensors import Done, PackedFile, pack_file, unpack_file
 from secateur.models.headers import INDEX, SPARSE
 from secateur.models.save import staged
+from secateur.models.sparse24 import is_sparse24
 
 DENSE = ".safetensors"
 MEGABYTE = 10**6
@@ -90,6 +91,8 @@ def dense_names(directory: Path) -> list[str]:
     """The safetensors files of a directory that is not packed."""
     if is_packed(directory):
         raise ArtefactError(f"{directory} is packed already; unpack it with `secateur unpack {directory} --out DIR`")
+    if is_sparse24(directory):
+        raise ArtefactError(f"{directory} is packed for torch-2:4; give the directory that it was made from")
     return _weight_files(directory, DENSE, "give a directory that save_pretrained wrote")
 
 

