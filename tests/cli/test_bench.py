@@ -55,9 +55,10 @@ def test_two_of_four(run, two_of_four, tmp_path):
     ran = run("inspect", tmp_path / "packed")
     assert ran.code == 0
     assert "every promise is kept" in ran.out
-    for verb in (("eval", tmp_path / "packed", "--data", "embedded"),
-                 ("export", tmp_path / "packed", "--to", "sparse-safetensors", "--out", tmp_path / "more")):  # fmt: skip
-        ran = run(*verb)
+    evaluate = ("eval", tmp_path / "packed", "--data", "embedded")
+    again = ("export", tmp_path / "packed", "--to", "sparse-safetensors", "--out", tmp_path / "more")
+    for words in (evaluate, again):
+        ran = run(*words)
         assert ran.code == 1
         assert "is packed for" in ran.error
     if not torch.cuda.is_available():
