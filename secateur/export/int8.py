@@ -1,8 +1,9 @@
 """Linears of a torch model in int8, weights and inputs, with scales from calibration: what an exported graph computes.
 
-``Int8Linear`` is the arithmetic of ``core.int8`` written with the operations that converters know. OpenVINO recognises
-them and multiplies integers; in torch the same module is the reference that the converted graph is compared with.
-Embeddings and head keep float inputs, their weights are int8 per row.
+    y ≈ (s * codes) @ (a * (q - z)),   codes = round(W * d / s) by rows,   q = round(x / d / a) + z
+
+``Int8Linear`` writes that with operations that converters know: OpenVINO recognises them and multiplies integers.
+Embeddings and head keep float inputs, their weights are int8 per row. A zero weight has the code 0 whatever s and d.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,10 +18,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from secateur.core.int8 import LEVELS, Extremes, balance, input_step, row_codes
+from secateur.core.balance import smoothing
+from secateur.core.grid import Scheme, fit_grid, to_codes
+from secateur.core.int8 import LEVELS, Extremes, input_step
 from secateur.errors import ModelError
 from secateur.models.adapter import DecoderAdapter
 
+PER_ROW = Scheme(8)
 PACKED_SIDE = 64
 """OpenVINO packs matrices both of whose sides this divides."""
 
@@ -79,13 +83,13 @@ def calibrate(model: PreTrainedModel, windows: Iterable[Int64[Tensor, "B S"]]) -
 
 
 def to_int8(model: PreTrainedModel, seen: dict[str, Extremes], share: float) -> list[Int8Record]:
-    """Replace every calibrated linear, embedding and head of a float32 model, in place. ``share`` as in `balance`."""
+    """Replace linears, embedding and head of a float32 model, in place. ``share``: the strength of `smoothing`."""
     records = []
     for names in _sharing(seen):
         linears = [model.get_submodule(name) for name in names]
         weights = torch.stack([_weight(linear).abs().amax(0) for linear in linears]).amax(0)
         extremes = seen[names[0]]
-        divide = balance(extremes.peak, weights, share)
+        divide = smoothing(extremes.peak, weights, share)
         step, zero = input_step(float((extremes.low / divide).min()), float((extremes.high / divide).max()))
         for name, linear in zip(names, linears, strict=True):
             new = Int8Linear(_weight(linear), linear.bias, divide, step, zero)  # pyright: ignore[reportArgumentType]
@@ -93,6 +97,12 @@ def to_int8(model: PreTrainedModel, seen: dict[str, Extremes], share: float) -> 
             records.append(_record(name, new.codes))
     _tables_to_int8(model)
     return records
+
+
+def row_codes(W: Float[Tensor, "R C"]) -> tuple[Tensor, Tensor]:
+    """Codes, and the scale of every row (R, 1)."""
+    grid = fit_grid(W.float(), PER_ROW)
+    return to_codes(W.float(), grid, PER_ROW), grid.scale
 
 
 def _record(name: str, codes: Tensor) -> Int8Record:
