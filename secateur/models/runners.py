@@ -97,7 +97,7 @@ class OpenVINORunner:
 
 def _transformers(opened: Opened) -> Runner:
     torch.set_num_threads(opened.threads)
-    model = load(opened.source, dtype=opened.dtype).model
+    model = load(opened.source, dtype=opened.dtype, codes=True).model
     torch.nn.Module.to(model, opened.device)
     return TorchRunner(model, {})
 
