@@ -155,7 +155,7 @@ def test_a_run_that_is_ended_from_outside_says_how_to_go_on(run, pruned, tmp_pat
 
 
 def test_a_run_that_is_ended_before_its_first_block_leaves_nothing(run, pruned, tmp_path, monkeypatch):
-    monkeypatch.setattr("secateur.runs.prune_blocks", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr("secateur.runs.prune_blocks", lambda *_: signal.raise_signal(signal.SIGINT))
     ran = run("prune", "--recipe", pruned[0] / "secateur" / "recipe.yaml", "--out", tmp_path / "out")
     assert ran.code == 130
     assert ran.error == "secateur: interrupted"
