@@ -146,7 +146,7 @@ def test_a_run_that_fails_keeps_the_old_out_and_its_blocks(pruned, run, tmp_path
 
 
 def test_a_run_that_is_ended_from_outside_says_how_to_go_on(run, pruned, tmp_path, monkeypatch):
-    monkeypatch.setattr("secateur.runs.save", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("secateur.runs.save", lambda *_: signal.raise_signal(signal.SIGTERM))
     ran = run("prune", "--recipe", pruned[0] / "secateur" / "recipe.yaml", "--out", tmp_path / "out")
     assert ran.code == 143
     assert ran.error.startswith("secateur: terminated; ")
