@@ -20,6 +20,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 
+def batch_rows(X: Float[Tensor, "*batch T C"]) -> Float[Tensor, "rows T C"]:
+    """The rows of a batch, to be taken one after the other: a sum over tokens then does not depend, not even in a bit,
+    on how many rows came together."""
+    return X[None] if X.ndim == 2 else X.flatten(0, -3)
+
+
 class Observed(NamedTuple):
     """What is kept of moments when all tokens are in."""
 
@@ -40,9 +46,9 @@ class Gram:
         return cls(torch.zeros(C, C, device=device, dtype=dtype))
 
     def update(self, X: Float[Tensor, "*batch T C"]) -> None:
-        rows = X.reshape(-1, X.shape[-1]).to(self.sum.dtype)
-        self.sum.addmm_(rows.T, rows)
-        self.tokens += rows.shape[0]
+        for rows in batch_rows(X.to(self.sum.dtype)):
+            self.sum.addmm_(rows.T, rows)
+            self.tokens += rows.shape[0]
 
     def merge(self, other: "Gram") -> "Gram":
         return Gram(self.sum + other.sum, self.tokens + other.tokens)
@@ -66,9 +72,9 @@ class ColumnNorms:
         return cls(torch.zeros(C, device=device, dtype=dtype))
 
     def update(self, X: Float[Tensor, "*batch T C"]) -> None:
-        rows = X.reshape(-1, X.shape[-1]).to(self.sum.dtype)
-        self.sum += rows.square().sum(dim=0)
-        self.tokens += rows.shape[0]
+        for rows in batch_rows(X.to(self.sum.dtype)):
+            self.sum += rows.square().sum(dim=0)
+            self.tokens += rows.shape[0]
 
     def merge(self, other: "ColumnNorms") -> "ColumnNorms":
         return ColumnNorms(self.sum + other.sum, self.tokens + other.tokens)
@@ -94,10 +100,9 @@ class CrossMoments:
         return cls(torch.zeros(K, C, device=device, dtype=dtype))
 
     def update(self, Z: Float[Tensor, "*batch T K"], X: Float[Tensor, "*batch T C"]) -> None:
-        z = Z.reshape(-1, Z.shape[-1]).to(self.sum.dtype)
-        x = X.reshape(-1, X.shape[-1]).to(self.sum.dtype)
-        self.sum.addmm_(z.T, x)
-        self.tokens += x.shape[0]
+        for z, x in zip(batch_rows(Z.to(self.sum.dtype)), batch_rows(X.to(self.sum.dtype)), strict=True):
+            self.sum.addmm_(z.T, x)
+            self.tokens += x.shape[0]
 
     def merge(self, other: "CrossMoments") -> "CrossMoments":
         return CrossMoments(self.sum + other.sum, self.tokens + other.tokens)

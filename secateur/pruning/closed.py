@@ -109,7 +109,7 @@ def ffn_tokens(work: Work, outputs: Hidden, options: SparseLLM) -> tuple[Hidden,
         for rows, output in zip(work.hidden, outputs, strict=True):
             residual = work.run(rows)
             if absorbs:
-                targets.append((output - residual).flatten(0, -2))
+                targets.append_each(output - residual)
     if absorbs:
         return inputs, targets
     with work.forwards("dense forward"):
@@ -126,7 +126,7 @@ def silenced(work: Work, inputs: Hidden) -> Iterator[None]:
         return lambda X: X.new_zeros(*X.shape[:-1], rows)
 
     def collect(X: Tensor) -> None:
-        inputs.append(X.flatten(0, -2).cpu())
+        inputs.append_each(X.cpu())
 
     with watching({work.linear(form.up.linear): collect}), ExitStack() as stack:
         for name in names:

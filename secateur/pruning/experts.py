@@ -90,7 +90,7 @@ def collector(chunks: Hidden) -> Watcher:
     """Keeps what it sees."""
 
     def collect(X: Tensor) -> None:
-        chunks.append(X.to("cpu"))
+        chunks.append_each(X.to("cpu"))
 
     return collect
 

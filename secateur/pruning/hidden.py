@@ -16,6 +16,8 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Size, Tensor
 
+from secateur.core.moments import batch_rows
+
 
 class Budget:
     """Bytes of host memory for waiting hidden states, and the folder for those that do not fit (None = no limit).
@@ -75,6 +77,12 @@ class Hidden(Sequence[Tensor]):
 
     def append(self, rows: Float[Tensor, "B S D"]) -> None:
         self._chunks.append(self.budget.place(rows))
+
+    def append_each(self, rows: Float[Tensor, "*batch S D"]) -> None:
+        """Every row as a chunk of its own, without its leading axis: what is added up chunk by chunk is then added up
+        row by row, however many of them came together."""
+        for row in batch_rows(rows):
+            self.append(row)
 
     def share(self, other: "Hidden", index: int) -> None:
         """Append a chunk of another one as it is."""
