@@ -147,7 +147,7 @@ def measured(source: str) -> dict[str, Any]:
     from secateur.evaluation.perplexity import evaluate_text
     from secateur.models.load import load
 
-    loaded, row = load(source), {}
+    loaded, row = load(source, codes=True), {}
     for name, (path, windows) in EVALUATION.items():
         found = evaluate_text(
             loaded.model, loaded.tokenizer, read_texts(str(path), "evaluation"), seq_len=2048, limit=windows,
