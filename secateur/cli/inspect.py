@@ -18,7 +18,8 @@ def command(directory: Path, baseline: str | None, as_json: bool) -> int:
     """Check the saved weights in DIR: sparsity, patterns, finiteness, tied weights.
 
     The exit code is 1 when a promise recorded in DIR is broken. A packed DIR is decoded, and every checksum
-    verified; of a quantized one the values of its codes are checked, and its bits are counted.
+    verified; of a quantized one the values of its codes are checked. Bits are counted, and what
+    would be smaller is told.
     """
     from secateur.evaluation.inspect import Checkpoint, inspect
     from secateur.export.directory import is_packed, load_packed
@@ -29,6 +30,7 @@ def command(directory: Path, baseline: str | None, as_json: bool) -> int:
     from secateur.quantization.compressed import Dequantized, is_quantized
     from secateur.report.export_page import packed_lines
     from secateur.report.quantize_page import quantized_lines
+    from secateur.report.stored_page import room_lines, room_of
     from secateur.report.tables import inspect_tables
 
     reference = None
@@ -39,7 +41,12 @@ def command(directory: Path, baseline: str | None, as_json: bool) -> int:
     codes = Dequantized(directory, tensors or Checkpoint(directory)) if is_quantized(directory) else None
     found = inspect(directory, reference, tensors if codes is None else codes)
     storage = storage_of(codes, {row.name: row.zeros for row in found.rows}).to_dict() if codes else None
-    told = {**found.to_dict(), "packed": packed is not None, "quantized": storage}
-    lines = [*(packed_lines(found.path) if packed else []), *(quantized_lines(storage) if storage else [])]
+    room = room_of(found) if found.promised and not storage else None
+    told = {**found.to_dict(), "packed": packed is not None, "quantized": storage, "room": room}
+    lines = [
+        *(packed_lines(found.path) if packed else []),
+        *(quantized_lines(storage) if storage else []),
+        *(room_lines(room, found.elements) if room else []),
+    ]
     emit(as_json, told, *inspect_tables(found), *lines)
     return BROKEN if found.broken else 0

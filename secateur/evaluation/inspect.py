@@ -125,6 +125,10 @@ class Inspection:
     rows: list[Row] = field(default_factory=list)
     """Every matrix in the order of the files, planned or not."""
     tensors: int = 0
+    elements: int = 0
+    """Of all tensors."""
+    bytes: int = 0
+    """Of all tensors."""
     weights: int = 0
     """Elements of the planned matrices; of all matrices where nothing was promised."""
     zeros: int = 0
@@ -207,6 +211,8 @@ def _counted(tensor: Tensor) -> Counts:
 def _look_at(name: str, tensor: Tensor, promises: list[Promise], report: Inspection) -> None:
     """Counts and checks of one tensor, added to the report."""
     report.tensors += 1
+    report.elements += tensor.numel()
+    report.bytes += tensor.numel() * tensor.element_size()
     if not tensor.is_floating_point():
         return
     counts = _counted(tensor)

@@ -224,6 +224,16 @@ def test_inspect(pruned, run, model_dir):
     assert run("inspect", out, "--baseline", model_dir).code == 0
 
 
+def test_inspect_counts_the_room_and_says_what_would_take_less(pruned, run):
+    out, _ = pruned
+    found = run("inspect", out, "--json").json
+    room, rest = found["room"], found["elements"] - found["weights"]
+    assert room["bytes"] == found["bytes"] == 4 * found["elements"], "float32, zeros stored"
+    assert room["bits_per_weight"]["mask and 16 bit values"] == 9, "half of 16, and a bit of mask"
+    assert room["whole"]["dense int8"] == 2 * rest + found["weights"]
+    assert "smaller than the" in run("inspect", out).out, "dense int8 takes 8 bits"
+
+
 def test_inspect_exits_1_when_a_promise_is_broken(pruned, run, tmp_path):
     from safetensors.torch import load_file, save_file
 
