@@ -20,7 +20,7 @@ from secateur.pruning.experts import closed_experts, expert_forms
 from secateur.pruning.ffn import dense_targets, ffn_view, prune_ffn
 from secateur.pruning.hidden import Hidden
 from secateur.pruning.layerwise import planned_groups
-from secateur.pruning.work import Precise, Watcher, Work, watching
+from secateur.pruning.work import Precise, Watcher, Work, in_rows, watching
 
 
 def closed(work: Work, options: SparseLLM) -> Refined | None:
@@ -105,9 +105,10 @@ def ffn_tokens(work: Work, outputs: Hidden, options: SparseLLM) -> tuple[Hidden,
     """Inputs X of the FFN behind the pruned attention, and the targets Y that it is fitted to, a row for each token."""
     inputs, targets = work.waiting(), work.waiting()
     absorbs = options.target == "block" and work.layout.additive
-    with work.forwards("attention forward"), silenced(work, inputs):
+    with work.forwards("attention forward"), silenced(work) as entering:
         for rows, output in zip(work.hidden, outputs, strict=True):
             residual = work.run(rows)
+            inputs.append_each(in_rows(entering.pop(), rows))
             if absorbs:
                 targets.append_each(output - residual)
     if absorbs:
@@ -117,20 +118,20 @@ def ffn_tokens(work: Work, outputs: Hidden, options: SparseLLM) -> tuple[Hidden,
 
 
 @contextmanager
-def silenced(work: Work, inputs: Hidden) -> Iterator[None]:
-    """The block without its FFN: its linears answer zeros at once; what would have entered the FFN is collected."""
+def silenced(work: Work) -> Iterator[list[Tensor]]:
+    """The block without its FFN: its linears answer zeros at once. What would have entered the FFN lies in the list, on
+    the host, after each forward."""
     form = work.form
     names = {form.up.linear, form.down} | ({form.gate.linear} if form.gate else set())
 
     def zeros(rows: int) -> Callable[[Tensor], Tensor]:
         return lambda X: X.new_zeros(*X.shape[:-1], rows)
 
-    def collect(X: Tensor) -> None:
-        inputs.append_each(X.cpu())
-
-    with watching({work.linear(form.up.linear): collect}), ExitStack() as stack:
+    entering: list[Tensor] = []
+    collect = {work.linear(form.up.linear): lambda X: entering.append(X.cpu())}
+    with watching(collect), ExitStack() as stack:
         for name in names:
             linear = work.linear(name)
             vars(linear)["forward"] = zeros(work.targets[name].shape[0])
             stack.callback(vars(linear).pop, "forward")
-        yield
+        yield entering

@@ -169,7 +169,8 @@ class Work:
             watchable(self.experts) if any(isinstance(m, ExpertLinear) for m in watchers) else nullcontext(),
             watching({module: partial(seen.__setitem__, module) for module in watchers}),
         ):
-            return self.run(rows, block), seen
+            out = self.run(rows, block)
+            return out, {module: in_rows(X, rows) for module, X in seen.items()}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -279,6 +280,12 @@ def solve_together(
         new, note = pruned.W, pruned.note
     new = ranks.together(new, len(W)) if shared else ranks.same(new if ranks.first else torch.empty_like(W))
     return Pruned(new, new != 0, note)
+
+
+def in_rows(X: Float[Tensor, "*batch C"], rows: Float[Tensor, "B S D"]) -> Float[Tensor, "*other C"]:
+    """What a linear was given, row by row again where the block had flattened its tokens (OPT does)."""
+    every = X.shape[:-1].numel() == rows.shape[:-1].numel()
+    return X.reshape(*rows.shape[:-1], X.shape[-1]) if every else X
 
 
 @contextmanager

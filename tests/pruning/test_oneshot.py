@@ -125,10 +125,11 @@ def test_the_same_run_twice_gives_the_same_weights():
 
 
 @pytest.mark.parametrize("batch", [3, 8])  # 8 rows: the last chunk of 3 is shorter
+@pytest.mark.parametrize("name", ["llama", "opt"])  # OPT flattens the tokens of its FFN
 @pytest.mark.parametrize("method", METHODS)
-def test_chunks_of_rows_change_nothing(method, batch):
+def test_chunks_of_rows_change_nothing(method, name, batch):
     """A row's forward does not depend on the others, and sums go row by row."""
-    one, other = make("llama"), make("llama")
+    one, other = make(name), make(name)
     _, alone = run(one, METHODS[method], batch=1)
     _, together = run(other, METHODS[method], batch=batch)
     assert [r.output_error for r in together] == pytest.approx([r.output_error for r in alone], rel=1e-6)
