@@ -128,7 +128,7 @@ def silenced(work: Work) -> Iterator[list[Tensor]]:
         return lambda X: X.new_zeros(*X.shape[:-1], rows)
 
     entering: list[Tensor] = []
-    collect = {work.linear(form.up.linear): lambda X: entering.append(X.cpu())}
+    collect: dict[nn.Module, Watcher] = {work.linear(form.up.linear): lambda X: entering.append(X.cpu())}
     with watching(collect), ExitStack() as stack:
         for name in names:
             linear = work.linear(name)
