@@ -16,8 +16,8 @@ SAMPLES = 16
 SEQ_LEN = 512
 HELD_OUT_WINDOWS = 16
 """Windows of SEQ_LEN tokens for each perplexity."""
-STEPS, BATCH = 16, 4
-TRAINING = {"lr": 5e-5, "warmup": 0.25, "micro_batch": 2, "holdout": 4, "refresh": 2}
+STEPS, BATCH = 8, 4
+TRAINING = {"lr": 8e-5, "warmup": 0.25, "micro_batch": 2, "holdout": 4, "refresh": 2}
 """Of ``--train``."""
 
 
