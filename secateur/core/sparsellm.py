@@ -113,7 +113,7 @@ class Refined(NamedTuple):
     rounds: tuple[Round, ...]
     first_inputs: Observed
     """Of the inputs that the first matrices were pruned for."""
-    down: "Fitted"
+    down: Fitted
     note: str = ""
 
 
