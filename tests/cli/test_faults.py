@@ -37,17 +37,20 @@ def check_line(ran: dict, *words: str) -> None:
 
 
 @pytest.fixture
-def whole(run, model_dir, text_file, files, tmp_path):
-    """What an undisturbed run writes, on one thread, as those under limits run: two may add up in another order."""
+def one_thread():
+    """As the runs under limits have: two threads may add up in another order."""
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        ran = run("prune", model_dir, *TINY, "--data", text_file, "--out", tmp_path / "whole")
-    finally:
-        torch.set_num_threads(threads)
-    assert ran.code == 0
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def whole(run, one_thread, model_dir, text_file, files, tmp_path):
+    """What an undisturbed run writes."""
+    assert run("prune", model_dir, *TINY, "--data", text_file, "--out", tmp_path / "whole").code == 0
     return files(tmp_path / "whole")
 
 
