@@ -19,6 +19,7 @@ import torch
 from secateur.data.sources import read_texts
 from secateur.data.tokens import check_seq_len, eval_windows, sample_windows, tokenize
 from secateur.errors import UsageError
+from secateur.evaluation.inspect import Checkpoint
 from secateur.evaluation.perplexity import window_losses
 from secateur.export.directory import pack_directory, unpack_directory
 from secateur.export.openvino import OpenVINOOptions, Texts, export_openvino
@@ -27,6 +28,7 @@ from secateur.export.sparse24 import export_sparse24
 from secateur.export.targets import check_target
 from secateur.models.load import Loaded
 from secateur.models.openvino import lacks_amx
+from secateur.quantization.compressed import Dequantized, is_quantized
 from secateur.report.facts import Stopwatch
 from secateur.report.progress import Progress
 from secateur.report.runtimes import ALTERNATIVES
@@ -82,7 +84,22 @@ def _packed(source: str, out: Path, options: ExportOptions, watch: Stopwatch) ->
 
 
 def _two_of_four(source: str, out: Path, options: ExportOptions, watch: Stopwatch) -> dict[str, Any]:
+    if is_quantized(Path(source)):
+        _check_codes(source)
     return {**export_sparse24(Path(source), out, watch), "warnings": []}
+
+
+def _check_codes(source: str) -> None:
+    """UsageError for codes that no sparse product takes as they are."""
+    held = Dequantized(Path(source), Checkpoint(Path(source)))
+    weights, inputs = held.scheme.weights, held.scheme.input_activations
+    fits = weights.num_bits == 8 and weights.symmetric and weights.strategy == "channel"
+    if not (fits and inputs is not None and inputs.dynamic):
+        raise UsageError(
+            f"{source} holds int{weights.num_bits} codes ({held.format}); sparse products take int8 rows of weights "
+            "and int8 inputs rounded as they come: quantize with --bits 8 --activations dynamic, or export the model "
+            "as it was before"
+        )
 
 
 def _openvino(source: str, out: Path, options: ExportOptions, watch: Stopwatch) -> dict[str, Any]:

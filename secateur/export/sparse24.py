@@ -1,5 +1,7 @@
 """``--to torch-2:4``: a directory whose 2:4 matrices are stored without their zeros, for GPUs that multiply them so.
 
+Weights of 16 bit, or int8 codes with a scale for each row, as int-quantized directories hold them.
+
 The reader, ``sparse24_loader``, is copied into the directory: it needs torch and transformers, not Secateur. Its
 docstring is the definition of the files. Memory: one file of the source.
 """
@@ -74,7 +76,7 @@ def _promised(source: Path) -> set[str] | None:
 def _pack_file(source: Path, target: Path, promised: set[str] | None) -> dict[str, list[int]]:
     tensors, sums, shapes = load_file(source), {}, {}
     for name, W in list(tensors.items()):
-        if not (name in promised if promised is not None else _happens_to_be(W)):
+        if not (name in promised if promised is not None else _happens_to_be(W, f"{name}_scale" in tensors)):
             continue
         try:
             values, places = pack(W)
@@ -87,8 +89,9 @@ def _pack_file(source: Path, target: Path, promised: set[str] | None) -> dict[st
     return shapes
 
 
-def _happens_to_be(W: Tensor) -> bool:
-    return W.ndim == 2 and W.is_floating_point() and W.shape[1] % PER_BYTE == 0 and first_broken_row(W) is None
+def _happens_to_be(W: Tensor, codes: bool) -> bool:
+    fits = W.ndim == 2 and (W.is_floating_point() or codes) and W.shape[1] % PER_BYTE == 0
+    return fits and first_broken_row(W) is None
 
 
 def _first_matrix(source: Path, names: list[str]) -> str:

@@ -3,16 +3,21 @@ directory that ``secateur export --to torch-2:4`` wrote, so
 
     python -c "import sparse24_loader as s; model, report = s.load_sparse('.')"        # run there
 
-Every packed matrix becomes a semi-structured tensor of torch.sparse where that is faster for as many tokens at once as
+Every packed matrix is multiplied by the sparse tensor cores where that is faster for as many tokens at once as
 ``tokens`` says, and stays dense where it is not: decoding one token at a time is usually slower with 2:4. What was
-measured and chosen is in the report.
+measured and chosen is in the report. int8 matrices want int8 inputs, so each token's are rounded on the way in; that
+takes time too, and where 16-bit inputs and weights are faster, those are taken.
 
     NAME.sparse24.safetensors    every tensor as it was, but a packed one as TENSOR.values (R, C/2) and TENSOR.places
                                  (R, C/8): a byte of places holds two groups of four, the left one in the lower bits,
                                  and of each the places of its two values, two bits each, the lower one first
     its metadata                 sparse24: the version, "1"; packed: JSON {TENSOR: crc32 of values and places}
+    int8 TENSORs                 are codes; TENSOR_scale (R, 1) times them gives the weights
+
+R = out_features, C = in_features, T = tokens.
 """
 
+import copy
 import json
 import statistics
 import time
@@ -33,8 +38,10 @@ TOKENS = 2048
 """Tokens multiplied at once for which a choice is made: a prompt, or a large batch."""
 REPEATS = 20
 """Timed products of each form."""
-
-Convert = Callable[[Tensor], Tensor]
+ROWS = 32
+"""int8 products take tokens in multiples of so many."""
+STEPS = 127.5
+"""int8 steps to each side of zero, as compressed-tensors counts them where inputs are rounded as they come."""
 
 
 class DamagedError(RuntimeError):
@@ -45,13 +52,33 @@ class NotHereError(RuntimeError):
     """This machine lacks something."""
 
 
+class Codes(NamedTuple):
+    """An int8 matrix."""
+
+    codes: Tensor
+    """(R, C)."""
+    scale: Tensor
+    """(R, 1)."""
+
+    @property
+    def weight(self) -> Tensor:
+        """(R, C) in the type of the scale."""
+        return self.codes.to(self.scale.dtype) * self.scale
+
+
+Times = tuple[dict[str, float], dict[str, str]]
+"""Milliseconds by form, and why the others failed."""
+Form = Callable[[nn.Linear, Codes | None], nn.Module]
+"""Makes what multiplies by a linear's weight in one way; the codes are there where that weight came from int8."""
+
+
 class Choice(NamedTuple):
     """What became of one packed matrix."""
 
     name: str
     shape: tuple[int, int]
     chosen: str
-    """A kind of sparse tensor, or "dense"."""
+    """A form, or "dense": the linear in the model's own type."""
     ms: dict[str, float]
     """Milliseconds of a product with so many tokens, by form; forms that failed are absent."""
     failed: dict[str, str]
@@ -59,16 +86,29 @@ class Choice(NamedTuple):
 
 def load_sparse(directory: str, device: str = "cuda", tokens: int = TOKENS) -> tuple[Any, list[Choice]]:
     """The model on the GPU, and what was chosen for every packed matrix."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     if lacking := lacks():
         raise NotHereError(lacking)
     state, packed = read_state(directory)
-    dtype = next(state[name].dtype for name in packed)
-    config, auto = AutoConfig.from_pretrained(directory), cast(Any, AutoModelForCausalLM)
-    model = auto.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-    model = model.eval().requires_grad_(False).to(device)
-    return model, swap(model, packed, tokens, kinds(), time_on_gpu)
+    model, codes = build(directory, state)
+    held = {name: codes.get(name) for name in packed}
+    return model.to(device), swap(model, held, tokens, time_on_gpu)
+
+
+def build(directory: str, state: dict[str, Tensor]) -> tuple[Any, dict[str, Codes]]:
+    """The model with every weight in its own type, and the codes of those that are stored as int8."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    stored = [name for name, W in state.items() if W.dtype == torch.int8 and f"{name}_scale" in state]
+    codes = {name: Codes(state[name], state.pop(f"{name}_scale")) for name in stored}
+    state |= {name: held.weight for name, held in codes.items()}
+    config: Any = AutoConfig.from_pretrained(directory)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    dtype = next(W.dtype for W in state.values() if W.is_floating_point())
+    with torch.device("meta"):  # AutoModel itself opens nothing that has no place
+        kind: Any = type(AutoModelForCausalLM.from_config(config))
+    model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    return model.eval().requires_grad_(False), codes
 
 
 def lacks() -> str | None:
@@ -84,45 +124,50 @@ def lacks() -> str | None:
     return None
 
 
-def kinds() -> dict[str, Convert]:
-    """The forms that torch has here."""
-    from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
-
-    found: dict[str, Convert] = {"cutlass": SparseSemiStructuredTensorCUTLASS.from_dense}
-    if torch.backends.cusparselt.is_available():
-        found["cusparselt"] = SparseSemiStructuredTensorCUSPARSELT.from_dense
+def forms_here(codes: bool) -> dict[str, Form]:
+    """All but the dense one that torch has here, for 16-bit weights or for int8 ``codes``."""
+    found = dict(INT8 if codes else HALF)
+    if not torch.backends.cusparselt.is_available():
+        del found["int8 cusparselt" if codes else "cusparselt"]
     return found
 
 
 def swap(
-    model: nn.Module, packed: list[str], tokens: int, forms: Mapping[str, Convert], timer: Callable[..., float]
+    model: nn.Module,
+    packed: Mapping[str, Codes | None],
+    tokens: int,
+    timer: Callable[..., float],
+    forms: Callable[[bool], Mapping[str, Form]] = forms_here,
 ) -> list[Choice]:
-    """Give each packed linear the fastest weight, in place. Equal shapes are timed once."""
-    timed: dict[tuple[int, int], tuple[dict[str, float], dict[str, str]]] = {}
+    """Put the fastest form in each packed linear's place. Equal shapes are timed once."""
+    timed: dict[tuple[torch.Size, bool], Times] = {}
     report = []
-    for name in packed:
-        linear = cast(nn.Linear, model.get_submodule(name.removesuffix(".weight")))
-        W = linear.weight.detach()
-        shape = (W.shape[0], W.shape[1])
-        if shape not in timed:
-            timed[shape] = _timed(W, tokens, forms, timer)
-        ms, failed = timed[shape]
+    for name, codes in packed.items():
+        place = name.removesuffix(".weight")
+        linear = cast(nn.Linear, model.get_submodule(place))
+        if codes is not None:
+            codes = Codes(*(part.to(linear.weight.device) for part in codes))
+        shape, possible = linear.weight.shape, forms(codes is not None)
+        if (shape, codes is None) not in timed:
+            timed[shape, codes is None] = _timed(linear, codes, tokens, possible, timer)
+        ms, failed = timed[shape, codes is None]
         chosen = min(ms, key=lambda form: ms[form])
         if chosen != "dense":
-            linear.weight = nn.Parameter(forms[chosen](W), requires_grad=False)
-        report.append(Choice(name, shape, chosen, ms, failed))
+            model.set_submodule(place, possible[chosen](linear, codes))
+        report.append(Choice(name, (shape[0], shape[1]), chosen, ms, failed))
     return report
 
 
 def _timed(
-    W: Tensor, tokens: int, forms: Mapping[str, Convert], timer: Callable[..., float]
-) -> tuple[dict[str, float], dict[str, str]]:
+    linear: nn.Linear, codes: Codes | None, tokens: int, forms: Mapping[str, Form], timer: Callable[..., float]
+) -> Times:
     """Milliseconds of each form, and why some have none: shapes and types that a kernel does not take."""
+    W = linear.weight
     X = torch.ones(tokens, W.shape[1], dtype=W.dtype, device=W.device)
-    ms, failed = {"dense": timer(F.linear, X, W)}, {}
-    for form, convert in forms.items():
+    ms, failed = {"dense": timer(linear, X)}, {}
+    for form, make in forms.items():
         try:
-            ms[form] = timer(F.linear, X, convert(W))
+            ms[form] = timer(make(linear, codes), X)
         except (RuntimeError, ValueError, NotImplementedError) as error:
             failed[form] = (str(error).strip() or type(error).__name__).splitlines()[0]
     return ms, failed
@@ -138,6 +183,91 @@ def time_on_gpu(f: Callable[..., Any], *args: Tensor) -> float:
         torch.cuda.synchronize()
         spent.append(1000 * (time.perf_counter() - start))
     return statistics.median(spent[5:])
+
+
+# ---- forms
+
+_ops: Any = torch.ops.aten
+
+
+def _half(convert: Callable[[Tensor], Tensor]) -> Form:
+    """A linear whose weight is a semi-structured tensor."""
+
+    def make(linear: nn.Linear, codes: Codes | None) -> nn.Module:
+        made = copy.copy(linear)
+        made._parameters = {**linear._parameters, "weight": nn.Parameter(convert(linear.weight.detach()), False)}
+        return made
+
+    return make
+
+
+def _cutlass(W: Tensor) -> Tensor:
+    from torch.sparse import SparseSemiStructuredTensorCUTLASS
+
+    return SparseSemiStructuredTensorCUTLASS.from_dense(W)
+
+
+def _cusparselt(W: Tensor) -> Tensor:
+    from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
+
+    return SparseSemiStructuredTensorCUSPARSELT.from_dense(W)
+
+
+HALF: dict[str, Form] = {"cutlass": _half(_cutlass), "cusparselt": _half(_cusparselt)}
+
+Product = Callable[[Tensor], Tensor]
+"""int8 (T, C) to int32 (T, R), T a multiple of ``ROWS``."""
+
+
+class Int8Linear(nn.Module):
+    """y = (q W^T) s_x s_w + bias, where q s_x is x with each token rounded to int8 by its largest input."""
+
+    def __init__(self, product: Product, scale: Tensor, bias: nn.Parameter | None):
+        super().__init__()
+        self.product, self.bias = product, bias
+        self.register_buffer("scale", scale.float().T)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        scale = (rows.abs().amax(1, keepdim=True) / STEPS).clamp(min=torch.finfo(x.dtype).tiny)
+        q = (rows / scale).round().clamp(-128, 127).to(torch.int8)
+        products = self.product(F.pad(q, (0, 0, 0, -len(q) % ROWS)))[: len(q)]
+        y = products * (scale * cast(Tensor, self.scale))
+        if self.bias is not None:
+            y = y + self.bias
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def _int8(product_of: Callable[[Tensor], Product]) -> Form:
+    def make(linear: nn.Linear, codes: Codes | None) -> nn.Module:
+        assert codes is not None
+        return Int8Linear(product_of(codes.codes), codes.scale, linear.bias)
+
+    return make
+
+
+def _dense_int8(W: Tensor) -> Product:
+    return lambda q: _ops._int_mm(q, W.T)
+
+
+def _cutlass_int8(W: Tensor) -> Product:
+    held: Any = _cutlass(W)
+    return lambda q: _ops._sparse_semi_structured_mm(held.packed, held.meta, q.T, out_dtype=torch.int32).T
+
+
+def _cusparselt_int8(W: Tensor) -> Product:
+    held = _ops._cslt_compress(W)
+    return lambda q: _ops._cslt_sparse_mm(held, q.T, out_dtype=torch.int32).T
+
+
+INT8: dict[str, Form] = {
+    "int8": _int8(_dense_int8),
+    "int8 cutlass": _int8(_cutlass_int8),
+    "int8 cusparselt": _int8(_cusparselt_int8),
+}
+
+
+# ---- files
 
 
 def read_state(directory: str) -> tuple[dict[str, Tensor], list[str]]:

@@ -1,5 +1,6 @@
 """``torch-2:4``: written, read in a process of its own, and what is chosen for a GPU, with clocks that are set."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from secateur import export_to, load_sparse
 from secateur.core.pattern import NM, Unstructured, keep_mask, pattern_to_dict
 from secateur.errors import ArtefactError, DeviceError, UsageError
+from secateur.models import sparse24_loader
 from secateur.models.sparse24 import dense_state
 from secateur.models.sparse24_loader import swap
 
@@ -77,18 +79,20 @@ def test_slower_matrices_stay_dense(pruned):
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     packed = [name for name in before if "_proj" in name]
 
-    def convert(W: torch.Tensor) -> torch.Tensor:
-        return W + 1  # a form that a test can tell
+    def moved(linear: torch.nn.Linear, codes: object) -> torch.nn.Module:
+        made = copy.deepcopy(linear)
+        made.weight.data += 1  # a form that a test can tell
+        return made
 
-    def refuse(W: torch.Tensor) -> torch.Tensor:
+    def refuse(linear: torch.nn.Linear, codes: object) -> torch.nn.Module:
         raise RuntimeError("wants rows of 128\nand more")
 
-    def clock(f, X, W):
-        assert X.shape == (16, W.shape[1])
-        dense = W.float().mean() < 0.5
-        return 2.0 if dense else (1.0 if W.shape[0] == 64 else 3.0)
+    def clock(linear, X):
+        assert X.shape == (16, linear.in_features)
+        dense = linear.weight.float().mean() < 0.5
+        return 2.0 if dense else (1.0 if linear.out_features == 64 else 3.0)
 
-    report = swap(model, packed, 16, {"fast": convert, "broken": refuse}, clock)
+    report = swap(model, dict.fromkeys(packed), 16, clock, lambda codes: {"fast": moved, "broken": refuse})
     chosen = {choice.name: choice.chosen for choice in report}
     assert {name for name, form in chosen.items() if form == "fast"} == {
         name for name in packed if "gate" in name or "up" in name
@@ -97,6 +101,19 @@ def test_slower_matrices_stay_dense(pruned):
         assert torch.equal(parameter, before[name] + 1 if chosen.get(name) == "fast" else before[name]), name
     assert report[0].failed == {"broken": "wants rows of 128"}
     assert report[0].ms == {"dense": 2.0, "fast": 3.0}
+
+
+def test_opened_where_nothing_is_sparse(pruned, exported, monkeypatch):
+    """The whole of ``load_sparse`` but the GPU: what no kernel takes stays dense, and is the same function."""
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(sparse24_loader, "lacks", lambda: None)
+    monkeypatch.setattr(sparse24_loader, "time_on_gpu", lambda form, X: float(form(X).isfinite().all()))
+    model, report = load_sparse(exported, device="cpu", tokens=64)
+    assert {choice.chosen for choice in report} == {"dense"}
+    assert "cutlass" in report[0].failed
+    ids = torch.arange(32)[None]
+    assert torch.equal(model(ids).logits, AutoModelForCausalLM.from_pretrained(pruned)(ids).logits)
 
 
 @pytest.mark.gpu
