@@ -9,10 +9,10 @@ promise is kept; nothing appears at ``out`` before that. Memory: the model once,
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
@@ -24,20 +24,47 @@ from secateur.models.load import Loaded, load
 from secateur.models.offload import is_offloaded
 from secateur.models.save import refuse_occupied
 from secateur.pruning.ranks import launched
-from secateur.report.artefact import finished_report, read_records
+from secateur.report.artefact import finished_report
 from secateur.report.comparison import Comparison, compare
 from secateur.report.facts import Stopwatch
 from secateur.report.progress import Progress
-from secateur.runs import PruneResult, Run, open_model, resolve_device
+from secateur.runs import Result, Run, open_model, resolve_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from secateur.pruning.oneshot import BlockRecord
     from secateur.quantize_config import QuantizeConfig
-    from secateur.quantize_runs import QuantizeResult
     from secateur.runs import Source
     from secateur.train_config import TrainConfig
-    from secateur.train_runs import TrainResult
+    from secateur.training.loop import StepRecord
+
+Record = TypeVar("Record")
+
+
+class Prepared(Protocol[Record]):
+    """A run with everything settled."""
+
+    @property
+    def identity(self) -> dict[str, Any]: ...
+    @property
+    def watch(self) -> Stopwatch: ...
+    def into(self, out: Path, resume: bool) -> Result[Record]: ...
+    def reopened(self, out: Path, report: dict[str, Any]) -> Result[Record]: ...
+
+
+def _place(out: str | os.PathLike[str]) -> Path:
+    return Path(os.path.abspath(Path(out).expanduser()))
+
+
+def _written(place: Path, resume: bool, prepare: Callable[[], Prepared[Record]]) -> Result[Record]:
+    """The run to a directory; nothing is done where it is complete and to be gone on with."""
+    refuse_occupied(place, overwrite=True)
+    run = prepare()
+    if resume and (report := finished_report(place / "secateur", run.identity)) is not None:
+        run.watch.progress.stage(f"{place} is complete: nothing was left to do")
+        return run.reopened(place, report)
+    return run.into(place, resume)
 
 
 def prune(
@@ -49,7 +76,7 @@ def prune(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     resume: bool = False,
     progress: Progress | None = None,
-) -> PruneResult:
+) -> "Result[BlockRecord]":
     """Prune a model, given by its source or as an object (then with its tokenizer), which is changed in place.
 
     ``data`` overrides ``config.data``. ``out`` is a directory that does not exist yet or that an earlier run wrote;
@@ -61,18 +88,7 @@ def prune(
     with launched() as ranks:
         if out is None:
             return Run.prepare(model, tokenizer, config, watch, ranks).in_memory()
-        place = Path(os.path.abspath(Path(out).expanduser()))
-        refuse_occupied(place, overwrite=True)
-        run = Run.prepare(model, tokenizer, config, watch, ranks)
-        if resume and (report := finished_report(place / "secateur", run.identity)) is not None:
-            watch.progress.stage(f"{place} is complete: nothing was left to do")
-            return _reopened(place, report, watch)
-        return run.into(place, resume)
-
-
-def _reopened(out: Path, report: dict[str, Any], watch: Stopwatch) -> PruneResult:
-    loaded = open_model(out, None, "auto", watch)
-    return PruneResult(loaded.model, loaded.tokenizer, read_records(out / "secateur"), report)
+        return _written(_place(out), resume, lambda: Run.prepare(model, tokenizer, config, watch, ranks))
 
 
 def load_pruned(
@@ -98,7 +114,7 @@ def train(
     out: str | os.PathLike[str],
     resume: bool = False,
     progress: Progress | None = None,
-) -> "TrainResult":
+) -> "Result[StepRecord]":
     """Train a model sparse by distilling a teacher: by default what the student was pruned from, or the student itself.
 
     ``out`` is a directory that does not exist yet or that an earlier run wrote; ``resume`` goes on with a run to it
@@ -106,14 +122,9 @@ def train(
     """
     from secateur.train_runs import TrainRun
 
-    place = Path(os.path.abspath(Path(out).expanduser()))
-    refuse_occupied(place, overwrite=True)
+    place, watch = _place(out), Stopwatch(progress)
     logs = place.with_name(place.name + ".logs")
-    run = TrainRun.prepare(student, teacher, config, Stopwatch(progress), logs)
-    if resume and (report := finished_report(place / "secateur", run.identity)) is not None:
-        run.watch.progress.stage(f"{place} is complete: nothing was left to do")
-        return run.reopened(place, report)
-    return run.into(place, resume)
+    return _written(place, resume, lambda: TrainRun.prepare(student, teacher, config, watch, logs))
 
 
 # ---- quantization
@@ -127,7 +138,7 @@ def quantize(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     resume: bool = False,
     progress: Progress | None = None,
-) -> "QuantizeResult":
+) -> "Result[BlockRecord]":
     """Quantize a model, given by its source or as an object (then with its tokenizer), which is changed in place.
 
     ``out`` is a directory that does not exist yet or that an earlier run wrote; it is in the compressed-tensors form.
@@ -137,13 +148,8 @@ def quantize(
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("quantize runs in one process; start it without torchrun")
-    place = Path(os.path.abspath(Path(out).expanduser()))
-    refuse_occupied(place, overwrite=True)
-    run = QuantizeRun.prepare(model, tokenizer, config, Stopwatch(progress))
-    if resume and (report := finished_report(place / "secateur", run.identity)) is not None:
-        run.watch.progress.stage(f"{place} is complete: nothing was left to do")
-        return run.reopened(place, report)
-    return run.into(place, resume)
+    watch = Stopwatch(progress)
+    return _written(_place(out), resume, lambda: QuantizeRun.prepare(model, tokenizer, config, watch))
 
 
 # ---- evaluation

@@ -43,6 +43,7 @@ from secateur.report.quantize_page import alternatives, storage_warnings
 from secateur.runs import (
     MACHINE,
     VERIFY_TOKENS,
+    Result,
     checked,
     lasting,
     open_model,
@@ -54,20 +55,9 @@ from secateur.runs import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from secateur.runs import Source
-
-
-@dataclass(frozen=True)
-class QuantizeResult:
-    """The model with every quantized weight at the value of its code, and everything that was noted on the way."""
-
-    model: "PreTrainedModel"
-    tokenizer: "PreTrainedTokenizerBase"
-    records: list[BlockRecord]
-    report: dict[str, Any]
-    """What ``secateur/report.json`` holds."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +125,7 @@ class QuantizeRun:
             "versions": {**versions(), "compressed-tensors": library().__version__},
         }
 
-    def into(self, out: Path, resume: bool) -> QuantizeResult:
+    def into(self, out: Path, resume: bool) -> Result[BlockRecord]:
         """Quantize, save, open what was saved again, check it; all or nothing at ``out``."""
         with opened(out, self.identity, resume=resume) as work:
             with self.watch.stage("verify", "compare a replay of the blocks with the model"):
@@ -150,12 +140,12 @@ class QuantizeRun:
                 report |= {"out": str(out), "resumed_after_blocks": before} | self.watch.spent()
                 write_report(folder / "secateur", report)
             clear_leftovers(out)
-        return QuantizeResult(self.loaded.model, self.loaded.tokenizer, records, report)
+        return Result(self.loaded.model, self.loaded.tokenizer, records, report)
 
-    def reopened(self, out: Path, report: dict[str, Any]) -> QuantizeResult:
+    def reopened(self, out: Path, report: dict[str, Any]) -> Result[BlockRecord]:
         """What an earlier, complete run to ``out`` made."""
         loaded = open_model(str(out), None, "auto", self.watch, codes=True)
-        return QuantizeResult(loaded.model, loaded.tokenizer, read_records(out / "secateur"), report)
+        return Result(loaded.model, loaded.tokenizer, read_records(out / "secateur"), report)
 
     def blocks(self, work: Workdir) -> list[BlockRecord]:
         """Quantize block by block, from where the run stands."""

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import torch
 
@@ -34,7 +34,7 @@ from secateur.pruning.selection import Selection, select
 from secateur.pruning.work import PROBE_TOKENS
 from secateur.pruning.workdir import Workdir, opened
 from secateur.quantize_config import QuantizeConfig
-from secateur.report.artefact import promises_of, write_artefact, write_report
+from secateur.report.artefact import promises_of, read_records, write_artefact, write_report
 from secateur.report.facts import Stopwatch, versions
 from secateur.train_config import TrainConfig
 
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     """A model: by name or path, as an object, or as ``models.load`` gives it."""
 
 Config = TypeVar("Config", PruneConfig, QuantizeConfig)
+Record = TypeVar("Record")
 BUILT_IN = ("demo", "embedded")
 """Names that mean the same everywhere, whatever lies in the working directory."""
 MACHINE = ("offload", "hidden_memory")
@@ -54,12 +55,13 @@ VERIFY_TOKENS = 16
 
 
 @dataclass(frozen=True)
-class PruneResult:
-    """The pruned model and everything that was noted on the way."""
+class Result(Generic[Record]):
+    """A model as it was saved, and everything that was noted on the way."""
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
-    records: list[BlockRecord]
+    records: list[Record]
+    """Of every block, or of every training step."""
     report: dict[str, Any]
     """What ``secateur/report.json`` holds."""
 
@@ -126,7 +128,7 @@ class Run:
         share = self.ranks.share(len(self.windows))
         return self.windows[share.start : share.stop]
 
-    def in_memory(self) -> PruneResult:
+    def in_memory(self) -> Result[BlockRecord]:
         if is_offloaded(self.loaded.model):
             raise UsageError(
                 "a model whose blocks stay on disk needs an OUT to be pruned to; give one, or offload='off'"
@@ -134,9 +136,9 @@ class Run:
         self.verify()
         budget = Budget()
         records = self.blocks(budget)
-        return PruneResult(self.loaded.model, self.loaded.tokenizer, records, self.report(records, budget))
+        return Result(self.loaded.model, self.loaded.tokenizer, records, self.report(records, budget))
 
-    def into(self, out: Path, resume: bool) -> PruneResult:
+    def into(self, out: Path, resume: bool) -> Result[BlockRecord]:
         """Prune, save, open what was saved again, check it; all or nothing at ``out``."""
         with opened(out, self.identity, resume=resume, ranks=self.ranks) as work:
             self.verify()
@@ -152,8 +154,13 @@ class Run:
                     write_report(folder / "secateur", report)
                 clear_leftovers(out)
         if is_offloaded(self.loaded.model):  # what it read from is gone
-            return PruneResult(load(str(out), offload="on").model, self.loaded.tokenizer, records, report)
-        return PruneResult(self.loaded.model, self.loaded.tokenizer, records, report)
+            return Result(load(str(out), offload="on").model, self.loaded.tokenizer, records, report)
+        return Result(self.loaded.model, self.loaded.tokenizer, records, report)
+
+    def reopened(self, out: Path, report: dict[str, Any]) -> Result[BlockRecord]:
+        """What an earlier, complete run to ``out`` made."""
+        loaded = open_model(out, None, "auto", self.watch)
+        return Result(loaded.model, loaded.tokenizer, read_records(out / "secateur"), report)
 
     def verify(self) -> None:
         with self.watch.stage("verify", "compare a replay of the blocks with the model"):

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.config import dump_recipe
 from secateur.core.plan import Plan
@@ -31,7 +30,16 @@ from secateur.models.save import clear_leftovers, save, staged
 from secateur.pruning.selection import Selection
 from secateur.report.artefact import promises_of, write_artefact, write_report
 from secateur.report.facts import Stopwatch, versions
-from secateur.runs import VERIFY_TOKENS, checked, lasting, open_model, resolve_device, resolve_precision, select_linears
+from secateur.runs import (
+    VERIFY_TOKENS,
+    Result,
+    checked,
+    lasting,
+    open_model,
+    resolve_device,
+    resolve_precision,
+    select_linears,
+)
 from secateur.teachers import Named, Tutor, tutor
 from secateur.train_config import TrainConfig, train_config_from_dict
 from secateur.training import shards
@@ -52,17 +60,6 @@ MACHINE = ("checkpoint", "tracker")
 """Keys of a recipe that change how a machine is used and not one byte of the result."""
 DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 """What accelerate may do with several processes: start them, and wrap the model in DDP."""
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """The sparse model and everything that was noted on the way."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    records: list[StepRecord]
-    report: dict[str, Any]
-    """What ``secateur/report.json`` holds."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +122,7 @@ class TrainRun:
             "versions": versions(),
         }
 
-    def into(self, out: Path, resume: bool) -> TrainResult:
+    def into(self, out: Path, resume: bool) -> Result[StepRecord]:
         """Train, save, open what was saved again, check it; all or nothing at ``out``."""
         with opened(out, self.identity, resume=resume) as work:
             before = work.kept
@@ -143,12 +140,12 @@ class TrainRun:
                 clear_leftovers(out)
         if self.config.shard:  # what was trained lies in pieces
             return self.reopened(out, report)
-        return TrainResult(self.student.model, self.student.tokenizer, records, report)
+        return Result(self.student.model, self.student.tokenizer, records, report)
 
-    def reopened(self, out: Path, report: dict[str, Any]) -> TrainResult:
+    def reopened(self, out: Path, report: dict[str, Any]) -> Result[StepRecord]:
         """What an earlier, complete run to ``out`` made."""
         loaded = open_model(str(out), None, "auto", self.watch)
-        return TrainResult(loaded.model, loaded.tokenizer, read_steps(out / "secateur" / "records.jsonl"), report)
+        return Result(loaded.model, loaded.tokenizer, read_steps(out / "secateur" / "records.jsonl"), report)
 
     def steps(self, work: Checkpoints) -> tuple[list[StepRecord], dict[str, Any]]:
         """Train from where the run stands; every step's record, and the loss on held-out windows before and after."""

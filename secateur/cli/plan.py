@@ -6,12 +6,12 @@ from typing import Any
 import click
 
 from secateur.cli.options import debug_option, emit, json_option
-from secateur.cli.recipe_options import merged, recipe_options
+from secateur.cli.recipe_options import merged, prune_options
 
 
 @click.command("plan")
 @click.argument("model", required=False)
-@recipe_options
+@prune_options
 @json_option
 @debug_option
 def command(model: str | None, recipe: Path | None, sets: tuple[str, ...], as_json: bool, **flags: Any) -> None:

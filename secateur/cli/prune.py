@@ -6,17 +6,14 @@ from typing import Any
 
 import click
 
-from secateur.cli.options import debug_option, emit, first_process, json_option
-from secateur.cli.recipe_options import merged, recipe_options
+from secateur.cli.options import emit, first_process
+from secateur.cli.recipe_options import merged, prune_options, run_options
 
 
 @click.command("prune")
 @click.argument("model", required=False)
-@recipe_options
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to write; not one of yours.")
-@click.option("--resume", is_flag=True, help="Go on with a run to the same OUT that was stopped.")
-@json_option
-@debug_option
+@prune_options
+@run_options
 def command(
     model: str | None, out: Path, resume: bool, recipe: Path | None, sets: tuple[str, ...], as_json: bool, **flags: Any
 ) -> None:

@@ -5,8 +5,15 @@ from typing import Any
 
 import click
 
-from secateur.cli.options import DATA_HELP, debug_option, device_option, dtype_option, emit, json_option
-from secateur.cli.recipe_options import merged
+from secateur.cli.options import emit
+from secateur.cli.recipe_options import (
+    calibration_options,
+    merged,
+    recipe_option,
+    run_options,
+    selection_options,
+    sets_option,
+)
 
 
 @click.command("quantize")
@@ -19,21 +26,11 @@ from secateur.cli.recipe_options import merged
 @click.option("--balance", help="smooth (beside 8 bit activations), awq (beside none) or none.  [default: none]")
 @click.option("--sparsity", type=float, help="Share of zeros that joint makes, 0.5 for 50 %.")
 @click.option("--pattern", help="What joint makes: unstructured, row, N:M (N KEPT of every M) or block:RxC.")
-@click.option("--data", help=f"Calibration text: {DATA_HELP}  [default: c4]")
-@click.option("--samples", type=int, help="Calibration windows.  [default: 128]")
-@click.option("--seq-len", type=int, help="Tokens in each window.  [default: 2048]")
-@click.option("--seed", type=int, help="Chooses the windows.  [default: 0]")
-@click.option("--blocks", help="all, first-half, or A:B (B not included).  [default: all]")
-@click.option("--include", multiple=True, metavar="REGEX", help="Only linears whose name it matches; repeatable.")
-@click.option("--ignore", multiple=True, metavar="REGEX", help="Leave linears whose name it matches; repeatable.")
-@device_option
-@dtype_option
-@click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with any of these; flags win over it.")
-@click.option("--set", "sets", multiple=True, metavar="A=C", help="Change any recipe key: --set damp=0.05")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to write; not one of yours.")
-@click.option("--resume", is_flag=True, help="Go on with a run to the same OUT that was stopped.")
-@json_option
-@debug_option
+@calibration_options
+@selection_options
+@recipe_option
+@sets_option("damp=0.05")
+@run_options
 def command(
     model: str | None, out: Path, resume: bool, recipe: Path | None, sets: tuple[str, ...], as_json: bool, **flags: Any
 ) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from secateur.cli.options import DATA_HELP, debug_option, device_option, dtype_option, emit, first_process, json_option
-from secateur.cli.recipe_options import merged
+from secateur.cli.options import DATA_HELP, emit, first_process
+from secateur.cli.recipe_options import merged, recipe_option, run_options, selection_options, sets_option
 from secateur.errors import UsageError
 
 
@@ -26,17 +26,10 @@ from secateur.errors import UsageError
 @click.option("--slorb", type=int, metavar="K", help="Low-rank branches of rank inputs / K beside the sparse linears.")
 @click.option("--lora", type=int, metavar="R", help="Train adapters of rank R alone, merged under a fixed mask.")
 @click.option("--seed", type=int, help="Orders the windows.  [default: 0]")
-@click.option("--blocks", help="Which become sparse: all, first-half, or A:B (B not included).  [default: all]")
-@click.option("--include", multiple=True, metavar="REGEX", help="Only linears whose name it matches; repeatable.")
-@click.option("--ignore", multiple=True, metavar="REGEX", help="Leave linears whose name it matches dense; repeatable.")
-@device_option
-@dtype_option
-@click.option("--recipe", type=click.Path(path_type=Path), help="YAML file with any of these; flags win over it.")
-@click.option("--set", "sets", multiple=True, metavar="A.B=C", help="Change any recipe key: --set loss.alpha=1")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to write; not one of yours.")
-@click.option("--resume", is_flag=True, help="Go on with a run to the same OUT that was stopped.")
-@json_option
-@debug_option
+@selection_options
+@recipe_option
+@sets_option("loss.alpha=1")
+@run_options
 def command(
     student: str | None,
     out: Path,
