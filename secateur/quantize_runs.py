@@ -30,7 +30,6 @@ from secateur.models.grids import check_carriers, divisions, note_input
 from secateur.models.load import Loaded
 from secateur.models.save import clear_leftovers, staged
 from secateur.pruning.oneshot import Beside, BlockRecord, RunOptions, prune_blocks
-from secateur.pruning.records import short_of_tokens
 from secateur.pruning.selection import Selection
 from secateur.pruning.work import Watcher, Work
 from secateur.pruning.workdir import Workdir, opened
@@ -40,6 +39,7 @@ from secateur.quantize_config import GROUPS, QuantizeConfig, quantize_config_fro
 from secateur.report.artefact import promises_of, read_records, write_artefact, write_report
 from secateur.report.facts import Stopwatch, versions
 from secateur.report.quantize_page import alternatives, storage_warnings
+from secateur.report.run_report import run_report
 from secateur.runs import (
     MACHINE,
     VERIFY_TOKENS,
@@ -204,39 +204,19 @@ class QuantizeRun:
 
     def report(self, records: list[BlockRecord], storage: dict[str, Any]) -> dict[str, Any]:
         """All that ``report.json`` holds but what the run itself took."""
-        linears = [linear for record in records for linear in record.linears]
-        errors = [record.output_error for record in records if record.output_error is not None]
+        report = run_report(self.loaded, self.config, self.plan, self.texts, records)
         others = alternatives(storage)
-        notes = [*short_of_tokens(linears), *(f"{one.name}: {one.note}" for one in linears if one.note)]
         return {
-            "model": {
-                "source": self.loaded.source,
-                "class": type(self.loaded.model).__name__,
-                "fingerprint": self.loaded.fingerprint,
-            },
-            "recipe": self.config.to_dict(),
+            **report,
             "scheme": self.scheme.words(),
             "patterns": sorted({str(target.pattern) for target in self.plan.values()}),
             "balance": {"folded": divisions(self.loaded.model), **asdict(self.balanced)},
-            "linears": len(self.plan),
-            "weights": self.plan.size,
             "zeros": {"before": self.plan.size - sum(map(bits_set, self.kept.values())), "after": storage["zeros"]},
             "storage": storage,
             "alternatives": others,
             "blocks": {"quantized": sum(bool(r.linears) for r in records), "total": len(self.adapter.blocks)},
-            "output_error": {"mean": sum(errors) / len(errors), "last": errors[-1]} if errors else None,
-            "data": {
-                **self.texts.provenance,
-                "name": self.texts.name,
-                "needed": self.config.needs_text,
-                "samples": self.config.samples,
-                "seq_len": self.config.seq_len,
-            },
-            "seed": self.config.seed,
-            "dropped_rows": sum(record.dropped_rows for record in records),
             "skipped": [row.to_dict() for row in self.selection.skipped],
-            "warnings": [*storage_warnings(storage, others), *notes],
-            "versions": versions(),
+            "warnings": [*storage_warnings(storage, others), *report["warnings"]],
         }
 
 

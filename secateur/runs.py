@@ -29,13 +29,14 @@ from secateur.pruning.hidden import Budget
 from secateur.pruning.low_rank import check_ranks
 from secateur.pruning.oneshot import BlockRecord, RunOptions, prune_blocks
 from secateur.pruning.ranks import ALONE, Ranks
-from secateur.pruning.records import LinearRecord, short_of_tokens
+from secateur.pruning.records import LinearRecord
 from secateur.pruning.selection import Selection, select
 from secateur.pruning.work import PROBE_TOKENS
 from secateur.pruning.workdir import Workdir, opened
 from secateur.quantize_config import QuantizeConfig
 from secateur.report.artefact import promises_of, read_records, write_artefact, write_report
 from secateur.report.facts import Stopwatch, versions
+from secateur.report.run_report import run_report
 from secateur.train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -197,8 +198,14 @@ class Run:
 
     def report(self, records: list[BlockRecord], budget: Budget) -> dict[str, Any]:
         """All that ``report.json`` holds; seconds and memory are those of this process."""
-        blocks = len(self.adapter.blocks)
-        report = _report(self.loaded, self.config, self.plan, records, self.texts, blocks)
+        report = run_report(self.loaded, self.config, self.plan, self.texts, records)
+        linears = [linear for record in records for linear in record.linears]
+        zeros = sum(linear.sparsity * self.plan[linear.name].size for linear in linears)
+        target = self.config.target
+        report["pattern"] = {"short": str(target), "words": target.words()}
+        report["sparsity"] = {"requested": self.plan.sparsity, "achieved": zeros / self.plan.size}
+        report["blocks"] = {"pruned": sum(bool(r.linears) for r in records), "total": len(self.adapter.blocks)}
+        report["low_rank"] = _low_rank(linears, self.plan, self.loaded.model.dtype)
         report["left_alone"] = self.adapter.left_alone()
         report["skipped"] = [row.to_dict() for row in self.selection.skipped]
         report["hidden_states"] = {"memory_peak": budget.peak_used, "disk_peak": budget.peak_spilled}
@@ -281,37 +288,6 @@ def lasting(source: str) -> str:
     """A model or text that is named by a path, named so that it is found from any directory."""
     path = Path(source).expanduser()
     return str(path.resolve()) if source not in BUILT_IN and path.exists() else source
-
-
-def _report(
-    loaded: Loaded, config: PruneConfig, plan: Plan, records: list[BlockRecord], texts: Texts, blocks: int
-) -> dict[str, Any]:
-    linears = [linear for record in records for linear in record.linears]
-    notes = [*short_of_tokens(linears), *(f"{linear.name}: {linear.note}" for linear in linears if linear.note)]
-    zeros = sum(linear.sparsity * plan[linear.name].size for linear in linears)
-    errors = [record.output_error for record in records if record.output_error is not None]
-    return {
-        "model": {"source": loaded.source, "class": type(loaded.model).__name__, "fingerprint": loaded.fingerprint},
-        "recipe": config.to_dict(),
-        "pattern": {"short": str(config.target), "words": config.target.words()},
-        "sparsity": {"requested": plan.sparsity, "achieved": zeros / plan.size},
-        "linears": len(linears),
-        "weights": plan.size,
-        "low_rank": _low_rank(linears, plan, loaded.model.dtype),
-        "blocks": {"pruned": sum(bool(record.linears) for record in records), "total": blocks},
-        "output_error": {"mean": sum(errors) / len(errors), "last": errors[-1]} if errors else None,
-        "data": {
-            **texts.provenance,
-            "name": texts.name,
-            "needed": config.needs_text,
-            "samples": config.samples,
-            "seq_len": config.seq_len,
-        },
-        "seed": config.seed,
-        "dropped_rows": sum(record.dropped_rows for record in records),
-        "warnings": notes,
-        "versions": versions(),
-    }
 
 
 def _low_rank(linears: Sequence[LinearRecord], plan: Plan, dtype: torch.dtype) -> dict[str, float] | None:
