@@ -9,6 +9,8 @@
     python benchmarks/pieces.py chaos           what rounding noise in the embedding does to masks and perplexity
     python benchmarks/pieces.py vocabulary      peak memory of the distillation loss at 128,256 words
     python benchmarks/pieces.py ninety          methods of sparse training at 90 %, a model of 260K weights, 200 steps
+    python benchmarks/pieces.py branches        what low-rank branches give back at 60 %, a model of 260K weights
+    python benchmarks/pieces.py balance         perplexity of static int8 by how much of the activations' size moves
     python benchmarks/pieces.py profile DIR     seconds by stage of the run that wrote DIR, from its records
 
 The model is SmolLM2-135M-Instruct (``demo``); texts are found through SECATEUR_DATA. To be run on an idle machine, one
@@ -39,8 +41,10 @@ from secateur.core.pattern import NM, Pattern, Unstructured
 from secateur.core.solvers import ADMM, Magnitude, Solver, SparseGPT, Wanda
 from secateur.core.sparsellm import SparseLLM
 from secateur.data.sources import read_texts
+from secateur.data.tokens import eval_windows, sample_windows, tokenize
 from secateur.evaluation.inspect import inspect
-from secateur.evaluation.perplexity import evaluate_text
+from secateur.evaluation.perplexity import evaluate_text, window_losses
+from secateur.export.int8 import calibrate, to_int8
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.durable import durable
 from secateur.models.load import load
@@ -209,6 +213,45 @@ def ninety() -> Lines:
         yield {"method": name, **told, "flip_rate": report["flip_rate"]}
 
 
+def branches() -> Lines:
+    """Mean output error of a block and divergence from the dense model, 24 x 128 held-out tokens, means of 3 seeds."""
+    torch.set_num_threads(1)
+    dense, lines = load(str(STORIES[0])), STORIES[1].read_text(encoding="utf-8").splitlines(keepends=True)
+    cut = len(lines) * 4 // 5
+    with tempfile.TemporaryDirectory() as folder:
+        shown, held = Path(folder) / "shown.jsonl", Path(folder) / "held.jsonl"
+        shown.write_text("".join(lines[:cut]), encoding="utf-8")
+        held.write_text("".join(lines[cut:]), encoding="utf-8")
+        windows = eval_windows(tokenize(read_texts(str(held), "evaluation"), dense.tokenizer), 128, 24)
+        wanted = dense.model(windows).logits.log_softmax(-1)
+        for method in (SparseGPT(), SparseLLM()):
+            for rank in (0, 8):
+                found = []
+                for seed in range(3):
+                    config = PruneConfig(method, 0.6, samples=16, seq_len=128, seed=seed, low_rank=rank)
+                    made = prune(copy.deepcopy(dense.model), config, data=str(shown), tokenizer=dense.tokenizer)
+                    logits = made.model(windows).logits.log_softmax(-1)
+                    apart = functional.kl_div(logits, wanted, log_target=True, reduction="sum") / windows.numel()
+                    found.append((made.report["output_error"]["mean"], float(apart)))
+                error, divergence = (sum(values) / len(found) for values in zip(*found, strict=True))
+                yield {"method": type(method).__name__, "rank": rank, "output_error": error, "divergence": divergence}
+
+
+def balance() -> Lines:
+    """16 x 256 tokens of the embedded text to calibrate on, 6 x 256 to measure on."""
+    dense = load("demo")
+    tokens, held = (tokenize(read_texts("embedded", part), dense.tokenizer) for part in ("calibration", "evaluation"))
+    windows = eval_windows(held, 256, 6)
+    generator = torch.Generator().manual_seed(0)
+    seen = calibrate(dense.model, sample_windows(tokens, 16, 256, generator).split(1))
+    for share in (None, 0.0, 0.5, 0.7, 0.8, 0.85):
+        model = copy.deepcopy(dense.model)
+        if share is not None:
+            to_int8(model, seen, share)
+        losses = torch.cat([window_losses(model, ids) for ids in windows.split(1)])
+        yield {"share": share, "ppl": float(losses.mean().exp())}
+
+
 def profile(directory: str) -> Lines:
     lines = (Path(directory) / "secateur" / "records.jsonl").read_text(encoding="utf-8").splitlines()
     stages: dict[str, float] = defaultdict(float)
@@ -228,6 +271,8 @@ PIECES: dict[str, Callable[..., Lines]] = {
     "chaos": chaos,
     "vocabulary": vocabulary,
     "ninety": ninety,
+    "branches": branches,
+    "balance": balance,
     "profile": profile,
 }
 
