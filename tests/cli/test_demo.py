@@ -12,6 +12,7 @@ def small_demo(monkeypatch, tmp_path, model_dir):
     tiny = {"demo": str(model_dir)}
     monkeypatch.setattr(loading, "load", lambda source, **options: load(tiny.get(source, source), **options))
     monkeypatch.setattr(demo, "SAMPLES", 4)
+    monkeypatch.setattr(demo, "TRAIN_SAMPLES", 4)
     monkeypatch.setattr(demo, "SEQ_LEN", 64)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -29,8 +30,7 @@ def test_demo_prints_one_table_and_the_next_command(small_demo, run):
     assert run("inspect", "secateur-demo").code == 0
 
 
-def test_demo_trains_and_shows_what_it_won_back(small_demo, run, monkeypatch):
-    monkeypatch.setattr(demo, "BATCH", 2)
+def test_demo_trains_and_shows_what_it_won_back(small_demo, run):
     ran = run("demo", "--train")
     assert ran.code == 0, ran.err
     for words in ("dense", "one-shot", "trained", "loss to the teacher", "masks moved", "tokens, "):
