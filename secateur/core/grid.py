@@ -75,11 +75,6 @@ class Scheme:
                 "this linear"
             )
 
-    def side_bits(self, C: int) -> float:
-        """Bits of scales and packed zero points for each weight of a row with C inputs."""
-        scale = torch.empty(0, dtype=self.scales).element_size() * 8
-        return (scale + (0 if self.symmetric else self.bits)) / self.width(C)
-
     def words(self) -> str:
         where = f"groups of {self.group_size}" if self.group_size else "one scale an output row"
         return f"int{self.bits}, {where}, {'symmetric' if self.symmetric else 'asymmetric, zero kept'}"

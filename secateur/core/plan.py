@@ -7,9 +7,8 @@ Linears absent from the plan are not touched. Names are those of the modules in 
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from secateur.core.pattern import Pattern, check_shape, kept_count, pattern_from_dict, pattern_to_dict
+from secateur.core.pattern import Pattern, check_shape, kept_count
 
 
 @dataclass(frozen=True)
@@ -61,18 +60,3 @@ class Plan(Mapping[str, Target]):
     def sparsity(self) -> float:
         """Share of zeros over all planned linears, once carried out."""
         return sum(target.size * target.pattern.sparsity for target in self.values()) / max(self.size, 1)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            name: {"shape": list(target.shape), "pattern": pattern_to_dict(target.pattern)}
-            for name, target in self.items()
-        }
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Plan":
-        return cls(
-            {
-                name: Target((row["shape"][0], row["shape"][1]), pattern_from_dict(row["pattern"]))
-                for name, row in data.items()
-            }
-        )

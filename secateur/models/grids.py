@@ -9,7 +9,7 @@ errors, perplexity) works on an ordinary model; codes are found again from value
     quantized_divisor                        (C,), float32, of a norm or a linear: what its output was divided by
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -86,12 +86,3 @@ def divide(module: nn.Module, s: Tensor, *, weight: bool = True) -> None:
 
 def is_grid(name: str) -> bool:
     return name.rpartition(".")[2] in OWN
-
-
-def forget_grids(model: nn.Module, linears: Iterable[str]) -> None:
-    """The model is an ordinary one again."""
-    for name in linears:
-        linear = model.get_submodule(name)
-        for own in OWN:
-            if hasattr(linear, own):
-                delattr(linear, own)
