@@ -7,7 +7,7 @@
 # same line gives the CUDA build. Another one: make install TORCH=torch==2.9.1
 TORCH  ?= torch==2.13.0
 PYTHON ?= python3
-EXTRAS ?= dev,report,quantize,openvino
+EXTRAS ?= dev,report,eval,quantize,openvino
 
 # Two threads at most: the matrices of small models are slower on many. Set OMP_NUM_THREADS yourself to override.
 export OMP_NUM_THREADS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((n < 2 ? n : 2)))

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from secateur.api import evaluate, load_pruned, prune, quantize, train
+    from secateur.api import evaluate, evaluate_tasks, load_pruned, prune, quantize, train
     from secateur.config import PruneConfig
     from secateur.export.directory import load_packed
     from secateur.exports import ExportOptions, export_to, unpack
@@ -31,6 +31,7 @@ __all__ = [
     "TrainConfig",
     "__version__",
     "evaluate",
+    "evaluate_tasks",
     "export_to",
     "load_packed",
     "load_pruned",
@@ -49,6 +50,7 @@ _HOMES = {
     "QuantizeConfig": "secateur.quantize_config",
     "TrainConfig": "secateur.train_config",
     "evaluate": "secateur.api",
+    "evaluate_tasks": "secateur.api",
     "export_to": "secateur.exports",
     "load_packed": "secateur.export.directory",
     "load_pruned": "secateur.api",

@@ -1,4 +1,4 @@
-"""Secateur from Python: ``prune``, ``train``, ``quantize`` and ``evaluate``, of which the command line is a thin skin.
+"""Secateur from Python: ``prune``, ``train``, ``quantize``, ``evaluate``; the command line is a thin skin over them.
 
     result = prune("HuggingFaceTB/SmolLM2-135M-Instruct", PruneConfig(sparsity=0.5), data="c4", out="smaller")
     result.model, result.records, result.report
@@ -9,7 +9,8 @@ promise is kept; nothing appears at ``out`` before that. Memory: the model once,
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -20,6 +21,7 @@ from secateur.config import Device, Dtype, PruneConfig
 from secateur.data.sources import Texts, read_texts
 from secateur.errors import UsageError
 from secateur.evaluation.perplexity import PerplexityResult, evaluate_text
+from secateur.evaluation.tasks import Score, ScorePair, check_installed, scores, task_list
 from secateur.models.load import Loaded, load
 from secateur.models.offload import is_offloaded
 from secateur.models.save import refuse_occupied
@@ -170,24 +172,64 @@ def evaluate(
 ) -> list[Comparison]:
     """Perplexity of a model, and of a baseline beside it, on each text. ``limit`` windows of ``seq_len`` at most."""
     watch = Stopwatch(progress)
-    place = resolve_device(device)
     texts = [read_texts(name, "evaluation") for name in ([data] if isinstance(data, str) else data)]
 
     def measure(which: "Source") -> list[PerplexityResult]:
-        loaded = open_model(which, tokenizer, dtype, watch, codes=True)
-        home = loaded.model.device
-        movable = not is_offloaded(loaded.model)
-        if movable:
-            torch.nn.Module.to(loaded.model, place)
-        results = [_perplexity(loaded, text, seq_len, limit, batch, watch.progress) for text in texts]
-        if movable:
-            torch.nn.Module.to(loaded.model, home)
-        return results
+        with _opened(which, tokenizer, device, dtype, watch) as loaded:
+            return [_perplexity(loaded, text, seq_len, limit, batch, watch.progress) for text in texts]
 
     results = measure(model)
     if baseline is None:
         return [Comparison(result) for result in results]
     return [compare(result, other) for result, other in zip(results, measure(baseline), strict=True)]
+
+
+def evaluate_tasks(
+    model: "Source",
+    tasks: str | Sequence[str],
+    *,
+    baseline: "Source | None" = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    limit: int | None = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch: int = 1,
+    progress: Progress | None = None,
+) -> list[ScorePair]:
+    """Scores on lm-eval's tasks, by name or as .yaml files, and a baseline's beside them. ``limit`` questions of each.
+
+    Needs the extra ``eval``. UsageError for an unknown task; DataError where its questions cannot be had.
+    """
+    watch = Stopwatch(progress)
+    wanted = task_list([tasks] if isinstance(tasks, str) else tasks)
+    check_installed()
+
+    def measure(which: "Source") -> list[Score]:
+        with _opened(which, tokenizer, device, dtype, watch) as loaded:
+            watch.progress.stage(f"tasks of {loaded.source}")
+            return scores(
+                loaded.model, loaded.tokenizer, wanted, limit=limit, batch=batch, update=watch.progress.update
+            )
+
+    found = measure(model)
+    if baseline is None:
+        return [ScorePair(score) for score in found]
+    return [ScorePair(score, other) for score, other in zip(found, measure(baseline), strict=True)]
+
+
+@contextmanager
+def _opened(
+    which: "Source", tokenizer: "PreTrainedTokenizerBase | None", device: Device, dtype: Dtype, watch: Stopwatch
+) -> "Iterator[Loaded]":
+    """A model on its device; one that was given as an object goes back to where it was."""
+    place = resolve_device(device)
+    loaded = open_model(which, tokenizer, dtype, watch, codes=True)
+    home, movable = loaded.model.device, not is_offloaded(loaded.model)
+    if movable:
+        torch.nn.Module.to(loaded.model, place)
+    yield loaded
+    if movable:
+        torch.nn.Module.to(loaded.model, home)
 
 
 def _perplexity(

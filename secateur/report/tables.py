@@ -12,6 +12,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from secateur.evaluation.inspect import Inspection
     from secateur.evaluation.perplexity import PerplexityResult
+    from secateur.evaluation.tasks import Score, ScorePair
     from secateur.report.comparison import Comparison
 
 EMBEDDED = "CPython's own help text (pydoc_data.topics)"
@@ -180,6 +181,27 @@ def _numbers(comparison: "Comparison") -> list[str]:
     if comparison.baseline is None:
         return numbers
     return [*numbers, "none" if comparison.log_ppl_gap is None else f"{comparison.log_ppl_gap:+.4f}"]
+
+
+def task_table(model: str, baseline: str | None, pairs: Sequence["ScorePair"]) -> list[RenderableType]:
+    """Scores with their standard errors, the baseline's, and the difference on the same questions."""
+    more = ["baseline", "difference"] if baseline is not None else []
+    table = Table("task", "metric", "questions", "score", *more, box=None, header_style="bold")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for pair in pairs:
+        row = [pair.score.task, pair.score.metric, str(pair.score.samples), _with_error(pair.score)]
+        if pair.baseline is not None and pair.gap is not None:
+            error = "" if pair.gap_stderr is None else f" ± {pair.gap_stderr:.4f}"
+            row += [_with_error(pair.baseline), f"{pair.gap:+.4f}{error}"]
+        table.add_row(*row)
+    against = f", baseline {baseline}" if baseline is not None else ""
+    errors = Text("± one standard error; of a difference, over the same questions", style="dim")
+    return [Text(f"{model}{against}", style="bold"), table, errors]
+
+
+def _with_error(score: "Score") -> str:
+    return f"{score.value:.4f}" + ("" if score.stderr is None else f" ± {score.stderr:.4f}")
 
 
 def protocol(result: "PerplexityResult") -> str:
