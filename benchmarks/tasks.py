@@ -30,13 +30,12 @@ FILES = {
 }
 
 
-def task(name: str) -> dict[str, Any]:
+def task(name: str, manager: TaskManager) -> dict[str, Any]:
     """lm-eval's task with its questions from a file, whatever split they are of."""
-    entry = TaskManager().task_index[name]
     files = {"data_files": {"test": str(DATA / FILES[name])}}
     place = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": files}
     splits = {"training_split": None, "validation_split": None, "test_split": "test"}
-    return load_yaml(entry.yaml_path) | place | splits
+    return load_yaml(manager.task_index[name].yaml_path) | place | splits
 
 
 def main() -> None:
@@ -45,10 +44,11 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--tasks", nargs="+", choices=list(FILES), default=list(FILES))
     args = parser.parse_args()
-    baseline = None
+    manager, baseline = TaskManager(), None
+    tasks = [task(name, manager) for name in args.tasks]
     for model in args.models:
         loaded = load(model, dtype="float32")
-        found = scores(loaded.model, loaded.tokenizer, [task(name) for name in args.tasks], limit=args.limit)
+        found = scores(loaded.model, loaded.tokenizer, tasks, limit=args.limit)
         for score, other in zip(found, baseline or [None] * len(found), strict=True):
             told = ScorePair(score, other).to_dict()
             for one in filter(None, (told["score"], told["baseline"])):

@@ -21,7 +21,7 @@ from secateur.config import Device, Dtype, PruneConfig
 from secateur.data.sources import Texts, read_texts
 from secateur.errors import UsageError
 from secateur.evaluation.perplexity import PerplexityResult, evaluate_text
-from secateur.evaluation.tasks import Score, ScorePair, check_installed, scores, task_list
+from secateur.evaluation.tasks import Score, ScorePair, check_tasks, scores, task_list
 from secateur.models.load import Loaded, load
 from secateur.models.offload import is_offloaded
 from secateur.models.save import refuse_occupied
@@ -202,7 +202,7 @@ def evaluate_tasks(
     """
     watch = Stopwatch(progress)
     wanted = task_list([tasks] if isinstance(tasks, str) else tasks)
-    check_installed()
+    check_tasks(wanted)
 
     def measure(which: "Source") -> list[Score]:
         with _opened(which, tokenizer, device, dtype, watch) as loaded:

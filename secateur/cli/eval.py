@@ -42,6 +42,7 @@ def command(
     MODEL is a hub id, a Hugging Face directory, a .gguf file, or `demo`. Tasks need the extra `eval`.
     """
     from secateur.api import evaluate, evaluate_tasks
+    from secateur.evaluation.tasks import check_tasks, task_list
     from secateur.report.progress import on_stderr
     from secateur.report.tables import eval_tables, task_table
 
@@ -50,9 +51,11 @@ def command(
         raise UsageError("neither --data nor --tasks; for example --data wikitext2,c4 or --tasks piqa,arc_easy")
     options: dict[str, Any] = {"baseline": baseline, "limit": limit, "batch": batch}
     options |= {"device": device or "auto", "dtype": dtype or "auto"}
+    if asked:
+        check_tasks(task_list(asked))  # before the texts are measured, which takes a while
     with on_stderr() as progress:
-        scores = evaluate_tasks(model, asked, progress=progress, **options) if asked else []
         results = evaluate(model, texts, seq_len=seq_len, progress=progress, **options) if texts else []
+        scores = evaluate_tasks(model, asked, progress=progress, **options) if asked else []
     report = {
         "model": model,
         "baseline": baseline,

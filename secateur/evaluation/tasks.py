@@ -89,10 +89,14 @@ def _from_file(path: Path) -> dict[str, Any]:
     return told
 
 
-def check_installed() -> None:
-    """UsageError where lm-eval is not there."""
+def check_tasks(tasks: Sequence[str | dict[str, Any]]) -> None:
+    """UsageError where lm-eval is not there, or does not know a name."""
     if find_spec("lm_eval") is None:
         raise UsageError(f"tasks need lm-eval, which is not installed; install it with {INSTALL}")
+    if unknown := [name for name in tasks if isinstance(name, str) and not _manager().match_tasks([name])]:
+        raise UsageError(
+            f"unknown task {unknown[0]!r}; `lm-eval ls tasks` lists all, or give a .yaml file that describes one"
+        )
 
 
 def scores(
@@ -108,34 +112,33 @@ def scores(
 
     UsageError for a task that lm-eval does not know; DataError where its questions cannot be had.
     """
-    check_installed()
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = _manager()
-    if unknown := [name for name in tasks if isinstance(name, str) and not manager.match_tasks([name])]:
-        raise UsageError(
-            f"unknown task {unknown[0]!r}; `lm-eval ls tasks` lists all, or give a .yaml file that describes one"
-        )
-    for task in tasks:  # once more than needed, so that what fails here is told from what fails in the model
-        try:
-            manager.load([task])
-        except Exception as error:  # whatever a task's own code, datasets or the network raises
-            name = task if isinstance(task, str) else task["task"]
-            why = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise DataError(f"the questions of {name} could not be loaded: {why}") from error
+    check_tasks(tasks)
     told = import_module("lm_eval").simple_evaluate(
         _counted(model, tokenizer, batch, update or (lambda *_: None)),
         tasks=list(tasks),
         limit=limit,
         bootstrap_iters=0,
-        task_manager=manager,
+        task_manager=_manager(),
     )
     return list(_scores(told))
 
 
 @cache
 def _manager() -> Any:
-    """All tasks that lm-eval brings, which takes seconds to list."""
-    return import_module("lm_eval.tasks").TaskManager()
+    """All tasks that lm-eval brings, which takes seconds to list; what fails to load is told from what fails later."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager: Any = import_module("lm_eval.tasks").TaskManager
+
+    class Manager(manager):
+        def load(self, tasks: Any) -> Any:
+            try:
+                return super().load(tasks)
+            except Exception as error:  # whatever a task's own code, datasets or the network raises
+                names = ", ".join(task if isinstance(task, str) else task["task"] for task in tasks)
+                why = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise DataError(f"the questions of {names} could not be loaded: {why}") from error
+
+    return Manager()
 
 
 def _counted(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch: int, update: Update) -> Any:

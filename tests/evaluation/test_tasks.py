@@ -121,7 +121,7 @@ def test_without_lm_eval(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setattr(tasks, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'secateur\[eval\]'"):
-        tasks.check_installed()
+        tasks.check_tasks([])
 
 
 def test_from_the_command_line(model, byte_tokenizer, tmp_path, capsys):
