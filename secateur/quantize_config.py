@@ -84,7 +84,7 @@ class QuantizeConfig:
     hidden_memory: float = 8.0
     """Host memory for hidden states that wait, in GB; what does not fit waits on disk beside OUT. Changes no weight."""
     precision: Precision = "auto"
-    """Of products in forwards and Gram matrices; auto takes bfloat16 where the processor multiplies it."""
+    """Of products in forwards and Gram matrices; auto takes bfloat16 where the device multiplies it."""
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:

@@ -319,8 +319,14 @@ def resolve_device(device: Device) -> Literal["cpu", "cuda"]:
 
 
 def resolve_precision(precision: Precision, device: str) -> Literal["float32", "bfloat16"]:
-    """What ``auto`` means here: bfloat16 on a processor with instructions for its products, else float32."""
+    """What ``auto`` means here: bfloat16 on a device with instructions for its products, else float32."""
     if precision != "auto":
         return precision
-    able = torch.cpu.get_capabilities() if device == "cpu" else {}
-    return "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
+    return "bfloat16" if _multiplies_bfloat16(device) else "float32"
+
+
+def _multiplies_bfloat16(device: str) -> bool:
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))

@@ -127,7 +127,7 @@ class TrainConfig:
     dtype: Dtype = "auto"
     """Type that the student is loaded and saved in; masters are float32 always."""
     precision: Precision = "auto"
-    """Of products (autocast), and of the teacher's weights; auto takes bfloat16 where the processor multiplies it."""
+    """Of products (autocast), and of the teacher's weights; auto takes bfloat16 where the device multiplies it."""
     checkpoint: int = 50
     """Steps between two states on disk. Changes no weight."""
     tracker: str | None = None

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState, PartialState
 
 from secateur.config import dump_recipe
 from secateur.core.plan import Plan
@@ -84,9 +85,7 @@ class TrainRun:
         """``logs``: where a tracker may write files."""
         device = resolve_device(config.device)
         precision = resolve_precision(config.precision, device)
-        accelerator = Accelerator(
-            cpu=device == "cpu", mixed_precision="no", log_with=checked_tracker(config.tracker), project_dir=logs
-        )
+        accelerator = accelerator_on(device, checked_tracker(config.tracker), logs)
         _check_launch(accelerator, config)
         with watch.stage("data", f"read {', '.join(config.data)}"):
             texts = [read_texts(name, "calibration") for name in config.data]
@@ -283,6 +282,15 @@ def _loop(
     )
     inputs = InputSums(sparse_linears(adapter, plan)) if config.metric in NEED_INPUTS and not lora else None
     return Loop(learner, optimizer, batches, options, accelerator, inputs)
+
+
+def accelerator_on(device: Literal["cpu", "cuda"], tracker: str | None, logs: Path | None) -> Accelerator:
+    """On this device, whatever an earlier accelerator of this process was on: their state is one, and it keeps that."""
+
+    place = PartialState(cpu=device == "cpu").device
+    if place is None or place.type != device:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=device == "cpu", mixed_precision="no", log_with=tracker, project_dir=logs)
 
 
 def _check_launch(accelerator: Accelerator, config: TrainConfig) -> None:

@@ -108,3 +108,26 @@ def test_accelerate_launches_the_command(more, run, sharp_dir, text_file, tmp_pa
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert json.loads(ran.stdout)["processes"] == 2
     assert run("inspect", out).code == 0
+
+
+def test_a_run_is_where_it_was_asked_to_be_whatever_was_there_before(monkeypatch):
+    """accelerate's state is one for the whole process; a second run on another device would stay on the first one's."""
+    import torch
+    from accelerate.state import PartialState
+
+    from secateur.train_runs import accelerator_on
+
+    PartialState(cpu=True)
+    monkeypatch.setitem(PartialState._shared_state, "device", torch.device("meta"))
+    assert accelerator_on("cpu", None, None).device.type == "cpu"
+
+
+@pytest.mark.parametrize(("able", "precision"), [(True, "bfloat16"), (False, "float32")])
+def test_a_gpu_that_multiplies_bfloat16_does(monkeypatch, able, precision):
+    import torch
+
+    from secateur.runs import resolve_precision
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: able)
+    assert resolve_precision("auto", "cuda") == precision
+    assert resolve_precision("float32", "cuda") == "float32"
