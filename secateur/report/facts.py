@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
+import torch
+
 from secateur.report.progress import Progress, Silent
 
 
@@ -30,7 +32,8 @@ class Stopwatch:
 
     def spent(self) -> dict[str, Any]:
         """Seconds by stage up to now, and the most memory, as a report has them."""
-        return {"seconds": {**self.seconds, "total": self.total}, "peak_memory_bytes": peak_memory()}
+        seconds = {"seconds": {**self.seconds, "total": self.total}}
+        return {**seconds, "peak_memory_bytes": peak_memory(), "peak_gpu_memory_bytes": peak_gpu_memory()}
 
     @property
     def total(self) -> float:
@@ -41,6 +44,11 @@ def peak_memory() -> int:
     """Bytes: the most that this process has held in memory since it began (the kernel counts kB, macOS bytes)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_gpu_memory() -> int | None:
+    """Bytes: the most that tensors of this process have taken on the GPU; None where it used none."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None
 
 
 def versions() -> dict[str, str]:

@@ -11,6 +11,7 @@ from secateur.report.tables import (
     command,
     eval_command,
     facts,
+    memory_of,
     percent,
     size,
     skipped_lines,
@@ -93,7 +94,7 @@ def quantize_summary(report: Mapping[str, Any]) -> list[RenderableType]:
         "dropped rows": str(report["dropped_rows"]),
         "skipped": skipped_lines(report["skipped"]),
         "time": time_of(report["seconds"]),
-        "peak memory": size(report["peak_memory_bytes"]),
+        "peak memory": memory_of(report),
     }
     source = report["model"]["source"]
     return [

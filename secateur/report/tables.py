@@ -1,7 +1,7 @@
 """What a run prints on stdout. Every function returns the parts, top to bottom; the command line prints them."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +76,7 @@ def prune_summary(report: dict[str, Any]) -> list[RenderableType]:
         "dropped rows": str(report["dropped_rows"]),
         "skipped": skipped_lines(report["skipped"]),
         "time": time_of(report["seconds"]),
-        "peak memory": size(report["peak_memory_bytes"]),
+        "peak memory": memory_of(report),
     }
     method = report["recipe"]["method"]["name"]
     return [
@@ -130,6 +130,11 @@ def _output_error(error: dict[str, float] | None) -> str:
 def time_of(stages: dict[str, float]) -> str:
     parts = [f"{name} {seconds(value)}" for name, value in stages.items() if name != "total"]
     return f"{seconds(stages['total'])} ({', '.join(parts)})"
+
+
+def memory_of(report: Mapping[str, Any]) -> str:
+    gpu = report.get("peak_gpu_memory_bytes")  # reports of earlier versions do not have it
+    return size(report["peak_memory_bytes"]) + (f", {size(gpu)} on the GPU" if gpu else "")
 
 
 def warning_lines(warnings: Sequence[str]) -> list[RenderableType]:
@@ -264,7 +269,7 @@ def demo_tables(report: dict[str, Any], comparison: "Comparison", total: float) 
     table.add_row("sparsity of the pruned linears", percent(0), percent(report["sparsity"]["achieved"]))
     table.add_row("time to prune", "", seconds(report["seconds"]["total"]))
     table.add_row("time of the whole demo", "", seconds(total))
-    table.add_row("peak memory", "", size(report["peak_memory_bytes"]))
+    table.add_row("peak memory", "", memory_of(report))
     return [
         Text("SmolLM2-135M-Instruct, SparseLLM", style="bold"),
         table,

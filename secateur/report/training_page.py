@@ -11,6 +11,7 @@ from secateur.report.tables import (
     command,
     facts,
     low_rank_row,
+    memory_of,
     percent,
     seconds,
     size,
@@ -77,7 +78,7 @@ def train_summary(report: dict[str, Any]) -> list[RenderableType]:
         "masks": f"{report['flip_rate']:.2e} of them changed at the last refresh",
         **low_rank_row(report["low_rank"]),
         "time": time_of(report["seconds"]),
-        "peak memory": size(report["peak_memory_bytes"]),
+        "peak memory": memory_of(report),
     }
     return [
         *facts(f"{report['student']['source']} trained with {report['recipe']['method']}", rows),

@@ -10,7 +10,7 @@ from rich.progress import Progress as RichProgress
 from secateur.report.facts import Stopwatch, peak_memory
 from secateur.report.jsonable import dumps
 from secateur.report.progress import Bar, Lines, on_stderr
-from secateur.report.tables import command, eval_command, seconds, size
+from secateur.report.tables import command, eval_command, memory_of, seconds, size
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,17 @@ def test_seconds(value, text):
 def test_size():
     assert size(2.1e9) == "2.10 GB"
     assert size(15e6) == "15 MB"
+
+
+def test_memory_of_a_gpu_is_told_where_there_is_one(monkeypatch):
+    import torch
+
+    assert Stopwatch().spent()["peak_gpu_memory_bytes"] is None or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: int(3e9))
+    report = Stopwatch().spent() | {"peak_memory_bytes": 15e6}
+    assert memory_of(report) == "15 MB, 3.00 GB on the GPU"
+    assert memory_of({"peak_memory_bytes": 15e6}) == "15 MB"
 
 
 def test_a_command_can_be_pasted():
