@@ -242,7 +242,15 @@ def smooth(values: tuple[float, ...], width: int = 9) -> list[float]:
 
 
 def speed() -> None:
-    """Seconds of ten steps of each kind, taken in turns: sparse (ast), and torch's AdamW on the dense model."""
+    """Seconds of ten steps of each kind, on the demo's model."""
+    from secateur.models.load import load
+
+    dense = load("demo").model
+    print(json.dumps(steps(dense, "cpu", SHARED["batch"], SHARED["micro_batch"], SHARED["seq_len"])))
+
+
+def steps(dense: Any, device: str, rows: int, micro: int, seq_len: int, words: int = 49_000) -> dict[str, float]:
+    """Medians of ten steps, taken in turns: sparse training (ast, 2:4), and torch's AdamW on the dense model."""
     import copy
     import statistics
 
@@ -251,33 +259,40 @@ def speed() -> None:
     from secateur.core.losses import Distillation
     from secateur.core.pattern import NM
     from secateur.core.sparse_adamw import Schedule
-    from secateur.models.load import load
     from secateur.training import SparseAdamW
     from secateur.training.learner import Learner, ModelTeacher
 
-    dense = load("demo").model
-    teacher = ModelTeacher(copy.deepcopy(dense).to(torch.bfloat16))
-    ids = torch.randint(49_000, (4, 512), generator=torch.Generator().manual_seed(0))
+    teacher = ModelTeacher(copy.deepcopy(dense).to(device, torch.bfloat16))
+    ids = torch.randint(words, (rows, seq_len), generator=torch.Generator().manual_seed(0)).to(device)
     seconds: dict[str, list[float]] = {"sparse": [], "ordinary": []}
-    steps = {}
+    takers = {}
     for kind in seconds:
-        model = copy.deepcopy(dense).requires_grad_(True).train()
+        model = copy.deepcopy(dense).to(device).requires_grad_(True).train()
         learner = Learner(model, teacher, Distillation(), torch.bfloat16)
         matrices = [p for name, p in model.named_parameters() if "proj" in name]
         others = [p for name, p in model.named_parameters() if "proj" not in name]
         groups = [{"params": matrices, "pattern": NM(2, 4)}, {"params": others}]
         sparse = SparseAdamW(groups, schedule=Schedule(steps=1000)) if kind == "sparse" else None
-        steps[kind] = (learner, sparse or torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0))
+        takers[kind] = (learner, sparse or torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0))
     for _ in range(11):
-        for kind, (learner, optimizer) in steps.items():
-            start = time.perf_counter()
-            for part in ids.split(2):
-                (learner(part).total / 2).backward()
+        for kind, (learner, optimizer) in takers.items():
+            start = clock(device)
+            for part in ids.split(micro):
+                (learner(part).total * len(part) / rows).backward()
             optimizer.step()
             optimizer.zero_grad()
-            seconds[kind].append(time.perf_counter() - start)
+            seconds[kind].append(clock(device) - start)
     medians = {kind: statistics.median(times[1:]) for kind, times in seconds.items()}
-    print(json.dumps({**medians, "ratio": medians["sparse"] / medians["ordinary"]}))
+    return {**medians, "ratio": medians["sparse"] / medians["ordinary"]}
+
+
+def clock(device: str) -> float:
+    """Seconds, when what was asked of the device is done."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def main() -> None:

@@ -151,7 +151,7 @@ def swap(
             codes = Codes(*(part.to(linear.weight.device) for part in codes))
         shape, possible = linear.weight.shape, forms(codes is not None)
         if (shape, codes is None) not in timed:
-            timed[shape, codes is None] = _timed(linear, codes, tokens, possible, timer)
+            timed[shape, codes is None] = measured(linear, codes, tokens, possible, timer)
         ms, failed = timed[shape, codes is None]
         chosen = min(ms, key=lambda form: ms[form])
         if chosen != "dense":
@@ -160,7 +160,7 @@ def swap(
     return report
 
 
-def _timed(
+def measured(
     linear: nn.Linear, codes: Codes | None, tokens: int, forms: Mapping[str, Form], timer: Callable[..., float]
 ) -> Times:
     """Milliseconds of each form, and why some have none: what a kernel does not take, and products that are wrong."""
