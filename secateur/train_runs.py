@@ -286,7 +286,6 @@ def _loop(
 
 def accelerator_on(device: Literal["cpu", "cuda"], tracker: str | None, logs: Path | None) -> Accelerator:
     """On this device, whatever an earlier accelerator of this process was on: their state is one, and it keeps that."""
-
     place = PartialState(cpu=device == "cpu").device
     if place is None or place.type != device:
         AcceleratorState._reset_state(reset_partial_state=True)
