@@ -21,7 +21,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from secateur.core.pattern import Pattern, make_pattern
+from secateur.core.pattern import Pattern, make_pattern, tapered, tapered_words
 from secateur.core.solvers import SOLVERS, Solver
 from secateur.core.sparsellm import SparseLLM
 from secateur.errors import UsageError
@@ -49,6 +49,9 @@ class PruneConfig:
     """Share of zeros in [0, 1). Needed by every pattern but N:M, which says it itself."""
     pattern: str = "unstructured"
     """Where zeros may lie: unstructured, row, N:M (N kept of every M) or block:RxC."""
+    taper: float = 0.0
+    """By how much the sparsity of the last block is above ``sparsity``, and that of the first below it; it rises evenly
+    between them (arXiv:2502.14770). Not with N:M."""
     data: str = "c4"
     """Calibration text: a name like c4 or wikitext2, ``hf:ID[:config][:split][:column]``, a file, or ``embedded``."""
     samples: int = 128
@@ -81,7 +84,7 @@ class PruneConfig:
     """Of products in forwards and Gram matrices; auto takes bfloat16 where the device multiplies it."""
 
     def __post_init__(self) -> None:
-        make_pattern(self.pattern, self.sparsity)
+        tapered(make_pattern(self.pattern, self.sparsity), 0.0, self.taper)
         least = {"samples": 1, "seq_len": 2, "seed": 0, "batch": 1, "hidden_memory": 0, "low_rank": 0}
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
@@ -94,6 +97,10 @@ class PruneConfig:
     def target(self) -> Pattern:
         """The pattern asked for, as a value."""
         return make_pattern(self.pattern, self.sparsity)
+
+    @property
+    def words(self) -> str:
+        return tapered_words(self.target, self.taper)
 
     @property
     def needs_text(self) -> bool:

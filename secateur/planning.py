@@ -11,7 +11,7 @@ seconds (``pruning/rates``). What only numbers can tell is left to the run and s
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from secateur.config import PruneConfig
-from secateur.core.pattern import VALUE_BITS, bits_per_weight
+from secateur.core.pattern import VALUE_BITS
 from secateur.core.plan import Plan
 from secateur.core.sparsellm import SparseLLM
 from secateur.data.sources import KNOWN, parse_hub, read_texts
@@ -236,7 +236,7 @@ def report(
             "bytes": subject.bytes,
         },
         recipe=config.to_dict(),
-        pattern={"short": str(pattern), "words": pattern.words()},
+        pattern={"short": str(pattern), "words": config.words},
         linears=linear_rows(subject.adapter, selection),
         skipped=[row.to_dict() for row in selection.skipped],
         sparsity={"planned": chosen.sparsity, "model": chosen.sparsity * chosen.size / subject.parameters},
@@ -257,25 +257,31 @@ def report(
 
 
 def linear_rows(adapter: DecoderAdapter, selection: Selection) -> list[dict[str, Any]]:
-    """Planned linears grouped by their name inside the block, shape and pattern; experts of all numbers together."""
+    """Planned linears grouped by their name inside the block and shape; experts of all numbers together."""
     rows: dict[tuple[Any, ...], list[str]] = {}
     for block in adapter.block_names:
         for name, target in selection.plan.items():
             if name.startswith(f"{block}."):
                 role = re.sub(r"\.\d+\.", ".*.", name.removeprefix(f"{block}."))
-                key = (role, target.shape, str(target.pattern))
+                key = (role, target.shape)
                 rows.setdefault(key, []).append(name)
     return [
         {
             "role": role,
             "count": len(names),
             "shape": list(shape),
-            "pattern": pattern,
+            "pattern": " to ".join(ends(str(selection.plan[name].pattern) for name in names)),
             "weights": len(names) * shape[0] * shape[1],
             "names": names,
         }
-        for (role, shape, pattern), names in rows.items()
+        for (role, shape), names in rows.items()
     ]
+
+
+def ends(texts: Iterable[str]) -> list[str]:
+    """The first and the last of them, or the one that they all are."""
+    first, *_, last = [*dict.fromkeys(texts)] * 2
+    return [first] if first == last else [first, last]
 
 
 def stage_rows(shapes: list[BlockShape], config: PruneConfig, run: Run, rates: Rates) -> list[dict[str, Any]]:
@@ -352,7 +358,7 @@ def memory(
 
 def result(subject: Subject, selection: Selection, config: PruneConfig) -> dict[str, Any]:
     """Sizes: as saved (zeros stored), as a mask and 16-bit values, and what dense formats would take."""
-    bits, weights = bits_per_weight(config.target), selection.plan.size
+    bits, weights = selection.plan.bits_per_weight, selection.plan.size
     storages = {"saved, zeros stored": 8.0 * subject.dtype.itemsize, "mask and 16 bit values": bits, **ALTERNATIVES}
     numbers = branch_numbers(selection.plan, config.low_rank)
     if numbers:

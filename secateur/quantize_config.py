@@ -24,7 +24,7 @@ from secateur.config import (
     chosen_blocks,
 )
 from secateur.core.grid import BITS, Scheme
-from secateur.core.pattern import Pattern, Unstructured, make_pattern
+from secateur.core.pattern import Pattern, Unstructured, make_pattern, tapered
 from secateur.core.quantizers import GPTQ, QUANTIZERS, RTN, Joint, Quantizer
 
 Method = Literal["rtn", "gptq", "joint"]
@@ -54,6 +54,9 @@ class QuantizeConfig:
     """Share of zeros, of joint alone. Needed by every pattern but N:M."""
     pattern: str | None = None
     """Where zeros may lie, of joint alone: unstructured, row, N:M (N kept of every M) or block:RxC."""
+    taper: float = 0.0
+    """By how much the sparsity of the last block is above ``sparsity``, and that of the first below it; it rises evenly
+    between them (arXiv:2502.14770). Of joint alone, not with N:M."""
     balance: Balance = "none"
     """What is moved between weights and their inputs first, folded into norms: smooth (SmoothQuant) beside 8 bit
     activations, awq beside none. Zeros are kept."""
@@ -110,13 +113,13 @@ class QuantizeConfig:
             check_expressions(name, getattr(self, name))
 
     def _check_pattern(self) -> None:
-        asked = self.pattern is not None or self.sparsity is not None
+        asked = self.pattern is not None or self.sparsity is not None or self.taper != 0
         if asked and self.method != "joint":
             raise ValueError(
                 f"{self.method} keeps the zeros that are there and makes no pattern; use --method joint, or prune first"
             )
         if self.method == "joint":
-            make_pattern(self.pattern or "unstructured", self.sparsity)
+            tapered(make_pattern(self.pattern or "unstructured", self.sparsity), 0.0, self.taper)
 
     @property
     def target(self) -> Pattern:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 import torch
 
 from secateur.config import Device, Dtype, Precision, PruneConfig, config_from_dict, dump_recipe
-from secateur.core.pattern import VALUE_BITS, bits_per_weight
+from secateur.core.pattern import VALUE_BITS
 from secateur.core.plan import Plan
 from secateur.data.sources import Texts, read_texts
 from secateur.data.tokens import check_seq_len, sample_windows, tokenize
@@ -201,8 +201,7 @@ class Run:
         report = run_report(self.loaded, self.config, self.plan, self.texts, records)
         linears = [linear for record in records for linear in record.linears]
         zeros = sum(linear.sparsity * self.plan[linear.name].size for linear in linears)
-        target = self.config.target
-        report["pattern"] = {"short": str(target), "words": target.words()}
+        report["pattern"] = {"short": str(self.config.target), "words": self.config.words}
         report["sparsity"] = {"requested": self.plan.sparsity, "achieved": zeros / self.plan.size}
         report["blocks"] = {"pruned": sum(bool(r.linears) for r in records), "total": len(self.adapter.blocks)}
         report["low_rank"] = _low_rank(linears, self.plan, self.loaded.model.dtype)
@@ -263,7 +262,7 @@ def select_linears(adapter: DecoderAdapter, config: PruneConfig | TrainConfig | 
     """What the config plans of this model; UsageError where it does not fit."""
     blocks = config.block_range(len(adapter.blocks))
     try:
-        return select(adapter, config.target, blocks, config.include, config.ignore)
+        return select(adapter, config.target, blocks, config.include, config.ignore, config.taper)
     except ValueError as error:  # a width that the pattern does not divide
         raise UsageError(str(error)) from error
 
@@ -297,14 +296,13 @@ def _low_rank(linears: Sequence[LinearRecord], plan: Plan, dtype: torch.dtype) -
         return None
     numbers = sum(branch.numbers for _, branch in branched)
     kept = sum((1 - linear.sparsity) * plan[linear.name].size for linear, _ in branched)
-    bits = sum(bits_per_weight(target.pattern) * target.size for target in plan.values())
     return {
         "rank": branched[0][1].rank,
         "branches": len(branched),
         "numbers": numbers,
         "bytes": numbers * dtype.itemsize,
         "share": numbers / max(kept, 1),
-        "bits_per_weight": (bits + VALUE_BITS * numbers) / plan.size,
+        "bits_per_weight": plan.bits_per_weight + VALUE_BITS * numbers / plan.size,
         "returned": sum(branch.returned for _, branch in branched) / len(branched),
     }
 

@@ -27,7 +27,7 @@ from secateur.config import (
 )
 from secateur.core.allotment import MOST
 from secateur.core.losses import Distillation
-from secateur.core.pattern import Pattern, make_pattern
+from secateur.core.pattern import Pattern, make_pattern, tapered, tapered_words
 from secateur.core.sparse_adamw import Absolute, Decay, Relative, Schedule
 
 DEFAULT_LOSS = Distillation()
@@ -56,6 +56,9 @@ class TrainConfig:
     pattern: str = "2:4"
     """Where zeros may lie: unstructured, row, N:M (N kept of every M) or block:RxC; global is unstructured with one
     threshold for all matrices, at most 95 % zeros in each."""
+    taper: float = 0.0
+    """By how much the sparsity of the last block is above ``sparsity``, and that of the first below it; it rises evenly
+    between them (arXiv:2502.14770). Not with N:M or global."""
     metric: Metric = "magnitude"
     """What a weight is worth when the mask is chosen: magnitude; fisher, its square times the second moment; taylor, it
     times the first moment; wanda, it times the size of its inputs in the last ten steps or so."""
@@ -177,11 +180,15 @@ class TrainConfig:
 
     def _check_pattern(self) -> None:
         if self.scope == "matrix":
-            make_pattern(self.pattern, self.sparsity)
+            tapered(make_pattern(self.pattern, self.sparsity), 0.0, self.taper)
         elif self.sparsity is None or not 0 <= self.sparsity <= MOST:
             raise ValueError(
                 f"pattern 'global' needs a sparsity, the share of zeros over all matrices, in [0, {MOST}]; got "
                 f"{self.sparsity}"
+            )
+        elif self.taper:
+            raise ValueError(
+                "taper says how many zeros a block has; with pattern global one threshold does, leave it 0"
             )
         elif self.slorb:
             raise ValueError("slorb starts from masks of single matrices, and global has none; use unstructured")
@@ -218,7 +225,7 @@ class TrainConfig:
     @property
     def words(self) -> str:
         if self.scope == "matrix":
-            return self.target.words()
+            return tapered_words(self.target, self.taper)
         return f"{self.target} of the weights of all matrices together are zero, at most {MOST:.0%} of one"
 
     @property

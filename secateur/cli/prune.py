@@ -30,7 +30,7 @@ def command(
     source = str(values.pop("model"))
     config = config_from_dict(values)
     if first_process():
-        click.echo(f"{config.pattern}: {config.target.words()}", err=True)
+        click.echo(f"{config.pattern}: {config.words}", err=True)
     with on_stderr() if first_process() else nullcontext() as progress:
         result = prune(source, config, out=out, resume=resume, progress=progress)
     emit(as_json, result.report, *prune_summary(result.report))

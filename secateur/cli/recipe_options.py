@@ -44,6 +44,7 @@ prune_options = group(
     click.option("--method", help="What decides which weights go, see `secateur methods`.  [default: sparsellm]"),
     click.option("--sparsity", type=float, help="Share of zeros, 0.7 for 70 %. Not needed with an N:M pattern."),
     click.option("--pattern", help="unstructured, row, N:M (N KEPT of every M) or block:RxC.  [default: unstructured]"),
+    click.option("--taper", type=float, help="How much sparser the last block is, and denser the first.  [default: 0]"),
     click.option(
         "--low-rank",
         type=int,

@@ -315,6 +315,32 @@ def ramped(pattern: Pattern | Stacked, progress: float) -> Pattern | Stacked:
             return replace(pattern, sparsity=pattern.sparsity * (1 - (1 - progress) ** 3))
 
 
+def tapered(pattern: Pattern, depth: float, taper: float) -> Pattern:
+    """The pattern of one block: sparsity rises evenly with depth, from ``taper`` below the pattern's own to as much
+    above it (ATP, arXiv:2502.14770: an arithmetic progression, since later blocks carry on what early ones lose).
+
+    ``depth``: 0 is the first block, 1 the last. ValueError for N:M and where a sparsity would not lie in [0, 1).
+    """
+    if not taper:
+        return pattern
+    if isinstance(pattern, NM):
+        raise ValueError(f"taper moves zeros from early blocks to late ones; {pattern} has as many in all, leave it 0")
+    first, last = pattern.sparsity - taper, pattern.sparsity + taper
+    if min(first, last) < 0 or max(first, last) >= 1:
+        raise ValueError(
+            f"taper {taper} lets a sparsity of {pattern.sparsity} go from {first:.6g} to {last:.6g}; keep it in [0, 1)"
+        )
+    return replace(pattern, sparsity=first + (last - first) * depth)
+
+
+def tapered_words(pattern: Pattern, taper: float) -> str:
+    """The pattern in words, over all blocks."""
+    if not taper:
+        return pattern.words()
+    first, last = (_percent(tapered(pattern, depth, taper).sparsity) for depth in (0.0, 1.0))
+    return f"{pattern.words()} on the average, {first} in the first block to {last} in the last"
+
+
 def bits_per_weight(pattern: Pattern) -> float:
     """16 bit for each kept weight, and where it is: a bit a weight or a tile; N:M the shorter of mask and index."""
     kept = VALUE_BITS * (1 - pattern.sparsity)

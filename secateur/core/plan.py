@@ -8,7 +8,7 @@ Linears absent from the plan are not touched. Names are those of the modules in 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from secateur.core.pattern import Pattern, check_shape, kept_count
+from secateur.core.pattern import Pattern, bits_per_weight, check_shape, kept_count
 
 
 @dataclass(frozen=True)
@@ -60,3 +60,8 @@ class Plan(Mapping[str, Target]):
     def sparsity(self) -> float:
         """Share of zeros over all planned linears, once carried out."""
         return sum(target.size * target.pattern.sparsity for target in self.values()) / max(self.size, 1)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of 16-bit values and where they are, over all planned linears."""
+        return sum(target.size * bits_per_weight(target.pattern) for target in self.values()) / max(self.size, 1)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from secateur.core.pattern import Pattern
+from secateur.core.pattern import Pattern, tapered
 from secateur.core.plan import Plan, Target
 from secateur.errors import UsageError
 from secateur.models.adapter import DecoderAdapter, Linear
@@ -47,8 +47,10 @@ def select(
     blocks: range,
     include: Sequence[str] = (),
     ignore: Sequence[str] = (),
+    taper: float = 0.0,
 ) -> Selection:
-    """The linears of these blocks that the expressions leave, all to one pattern.
+    """The linears of these blocks that the expressions leave, all to one pattern, ``tapered`` from the first of these
+    blocks to the last.
 
     UsageError for an expression that matches nothing and where nothing is left; ValueError where a shape cannot carry
     the pattern.
@@ -61,7 +63,8 @@ def select(
     for expression in ignore:
         _check_ignore(expression, [*shapes, *outside])
     reasons = {name: _reason(name, chosen, blocks, include, ignore) for name in shapes}
-    targets = {name: Target(shapes[name], pattern) for name, why in reasons.items() if not why}
+    patterns = _patterns(adapter, pattern, blocks, taper)
+    targets = {name: Target(shapes[name], patterns[name]) for name, why in reasons.items() if not why}
     skipped = _by_reason({**reasons, **dict.fromkeys(outside, OUTSIDE)})
     if not targets:
         told = ", ".join(f"{len(row.names)} linears: {row.why}" for row in skipped if row.why != OUTSIDE)
@@ -75,6 +78,16 @@ def linear_shapes(adapter: DecoderAdapter, blocks: Iterable[int]) -> dict[str, t
         f"{adapter.block_names[i]}.{name}": adapter.shape(linear)
         for i in blocks
         for name, linear in adapter.linears(adapter.blocks[i]).items()
+    }
+
+
+def _patterns(adapter: DecoderAdapter, pattern: Pattern, blocks: range, taper: float) -> dict[str, Pattern]:
+    """Of every linear of these blocks, by its full name; a single block lies in the middle."""
+    depths = [i / (len(blocks) - 1) for i in range(len(blocks))] if len(blocks) > 1 else [0.5]
+    return {
+        name: tapered(pattern, depth, taper)
+        for index, depth in zip(blocks, depths, strict=True)
+        for name in linear_shapes(adapter, [index])
     }
 
 

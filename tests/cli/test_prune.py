@@ -80,6 +80,22 @@ def test_every_method_prunes_and_keeps_its_promises(method, run, model_dir, text
     assert run("inspect", out).code == 0
 
 
+def test_a_taper_is_planned_made_promised_and_trained_on(run, model_dir, text_file, tmp_path):
+    out, flags = tmp_path / "out", ["--method", "sparsegpt", "--sparsity", 0.6, "--taper", 0.2]
+    planned = run("plan", model_dir, *flags, "--samples", 4, "--seq-len", 32)
+    assert "40% to 80%" in planned.out
+    assert "40% in the first block to 80% in the last" in planned.out
+    ran = run("prune", model_dir, *flags, "--data", text_file, *SMALL, "--out", out, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["sparsity"] == {"requested": pytest.approx(0.6), "achieved": pytest.approx(0.6, abs=1e-3)}
+    more = ["--pattern", "unstructured", "--sparsity", 0.6, "--set", "taper=0.2", "--tokens", 512, "--seq-len", 32]
+    assert run("train", out, "--data", text_file, *more, "--out", tmp_path / "trained").code == 0
+    for place in (out, tmp_path / "trained"):
+        rows = run("inspect", place, "--json").json["rows"]
+        found = {row["name"].split(".")[2]: row["sparsity"] for row in rows if row["ok"]}
+        assert found == {"0": pytest.approx(0.4, abs=1e-3), "1": pytest.approx(0.8, abs=1e-3)}
+
+
 def test_magnitude_needs_no_text(run, model_dir, tmp_path):
     ran = run("prune", model_dir, "--method", "magnitude", "--sparsity", "0.5", "--out", tmp_path / "out")
     assert ran.code == 0, ran.err

@@ -62,6 +62,25 @@ def test_a_linear_that_cannot_carry_the_pattern_can_be_ignored(adapter):
 
 
 @pytest.mark.parametrize(
+    ("blocks", "taper", "sparsities"),
+    [
+        (range(3), 0.2, [0.3, 0.5, 0.7]),
+        (range(3), -0.1, [0.6, 0.5, 0.4]),
+        (range(1, 3), 0.2, [0.3, 0.7]),
+        (range(1, 2), 0.2, [0.5]),
+        (range(3), 0.0, [0.5, 0.5, 0.5]),
+    ],
+)
+def test_sparsity_rises_evenly_with_depth(adapter, blocks, taper, sparsities):
+    plan = select(adapter, HALF, blocks, taper=taper).plan
+    for index, sparsity in zip(blocks, sparsities, strict=True):
+        found = [target.pattern for name, target in plan.items() if name.startswith(f"model.layers.{index}.")]
+        assert len(found) == 7
+        assert [pattern.sparsity for pattern in found] == pytest.approx([sparsity] * 7)
+    assert plan.sparsity == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
     ("include", "ignore", "words"),
     [
         (["q_prj"], [], ["include 'q_prj' matches no linear", "did you mean", "q_proj", "named like model.layers.0"]),
