@@ -59,11 +59,17 @@ METHODS = {
     "closed (admm), no rounds": {"name": "sparsellm", "iterations": 1},
     "closed (admm), one round": {"name": "sparsellm", "iterations": 2},
     "sparsegpt, float32 forwards": "sparsegpt",
+    "sparsegpt, tapered": "sparsegpt",
+    "closed (admm), tapered": {"name": "sparsellm"},
 }
+TAPER = 0.08
+"""Of the tapered ones; chosen on text of train/ (docs/LOG.md)."""
 ABLATIONS = {
     "closed (admm), no rounds": ("70%", "2:4", "50%"),
     "closed (admm), one round": ("70%",),
     "sparsegpt, float32 forwards": ("70%",),
+    "sparsegpt, tapered": ("70%", "80%", "50%"),
+    "closed (admm), tapered": ("70%", "80%", "50%"),
 }
 """Methods that are run at some patterns only."""
 SEEDED = ("sparsegpt", "admm", "closed (sparsegpt)", "closed (admm)")
@@ -167,6 +173,7 @@ def pruned(model: Model, case: Case) -> "tuple[PreTrainedModel, dict]":
         samples=model.samples,
         seq_len=model.seq_len,
         seed=case.seed,
+        taper=TAPER if "tapered" in case.method else 0.0,
         precision="float32" if "float32" in case.method else "auto",
     )
     result = prune(copy.deepcopy(dense(model).model), config, tokenizer=dense(model).tokenizer)
