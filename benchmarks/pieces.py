@@ -11,7 +11,7 @@
     python benchmarks/pieces.py ninety          methods of sparse training at 90 %, a model of 260K weights, 200 steps
     python benchmarks/pieces.py branches        what low-rank branches give back at 60 %, a model of 260K weights
     python benchmarks/pieces.py balance         perplexity of static int8 by how much of the activations' size moves
-    python benchmarks/pieces.py taper           perplexity at 70 % by how much sparser late blocks are, on text of train/
+    python benchmarks/pieces.py taper           perplexity at 70 % by how much sparser late blocks are, text of train/
     python benchmarks/pieces.py profile DIR     seconds by stage of the run that wrote DIR, from its records
 
 The model is SmolLM2-135M-Instruct (``demo``); texts are found through SECATEUR_DATA. To be run on an idle machine, one
@@ -254,7 +254,7 @@ def balance() -> Lines:
 
 
 def taper() -> Lines:
-    """6 x 1024 tokens of C4 to calibrate on, 8 x 1024 of Common Crawl to measure on; one thread, a minute or ten each."""
+    """6 x 1024 tokens of C4 to calibrate on, 8 x 1024 of Common Crawl to measure on; one thread."""
     torch.set_num_threads(1)
     dense, held = load("demo"), read_texts(str(DATA / "train" / "commoncrawl_dclm_sample.jsonl"), "calibration")
     for method, tapers in ((SparseGPT(), (0.0, 0.08, 0.12, 0.16)), (SparseLLM(), (0.0, 0.08))):
