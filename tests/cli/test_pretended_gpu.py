@@ -8,7 +8,8 @@ from pathlib import Path
 
 
 def test_on_a_gpu_that_is_not_there():
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--durations=0"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    command += ["-o", "addopts=--import-mode=importlib"]  # shapes are checked by other tests
     ran = subprocess.run(
         [*command, Path(__file__).with_name("test_gpu.py")], cwd=Path(__file__).parents[2],
         env=os.environ | {"SECATEUR_PRETENDED_GPU": "1"}, capture_output=True, text=True, check=False,
