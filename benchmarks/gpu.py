@@ -11,7 +11,7 @@ large 16-bit matrices, measured in the same run; a token costs 6 operations a we
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,24 +21,27 @@ from training import clock, steps
 from secateur.config import method_from_dict
 from secateur.core.pattern import NM, keep_mask
 from secateur.models.adapter import DecoderAdapter
-from secateur.models.sparse24_loader import INT8, Codes, forms_here, measured
+from secateur.models.sparse24_loader import INT8, Codes, forms_here, measured, time_on_gpu
 from secateur.pruning.oneshot import RunOptions, prune_blocks
 from secateur.pruning.selection import select
 
-SHAPES = {"1B": (2048, 5632), "7B": (4096, 11008)}
-"""Hidden and intermediate size."""
+LLAMAS: dict[str, dict[str, int]] = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2},
+    "1B": {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4},
+    "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32},
+}
 TOKENS = (1, 16, 256, 2048, 8192)
 METHODS = ("magnitude", "wanda", "sparsegpt", "admm", "sparsellm")
 SAMPLES, SEQ_LEN = 128, 2048
 
 
-def llama(hidden: int, intermediate: int, layers: int, **more: Any) -> Any:
+def llama(name: str, layers: int, words: int) -> Any:
     """Random, in bfloat16, on the CPU."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, max_position_embeddings=4096,
-        num_attention_heads=hidden // min(64, hidden // 2), num_key_value_heads=2, tie_word_embeddings=True, **more,
+        num_hidden_layers=layers, vocab_size=words, max_position_embeddings=4096, tie_word_embeddings=True,
+        **LLAMAS[name],
     )  # fmt: skip
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
@@ -50,23 +53,21 @@ def llama(hidden: int, intermediate: int, layers: int, **more: Any) -> Any:
 # ---- sparse
 
 
-def timer(device: str, repeats: int) -> Any:
-    """Median milliseconds of a call on its inputs."""
+def timer(device: str) -> Callable[..., float]:
+    """Milliseconds of a call on its inputs; on a CPU, where there is nothing to learn, of the first."""
 
-    def timed(f: Any, *args: Any) -> float:
-        spent = []
-        for _ in range(repeats + 2):
-            start = clock(device)
-            f(*args)
-            spent.append(1000 * (clock(device) - start))
-        return sorted(spent[2:])[repeats // 2]
+    def once(f: Callable[..., Any], *args: Any) -> float:
+        start = clock(device)
+        f(*args)
+        return 1000 * (clock(device) - start)
 
-    return timed
+    return time_on_gpu if device == "cuda" else once
 
 
 def sparse(device: str, tiny: bool) -> Iterator[dict[str, Any]]:
     """Milliseconds of every form, for 16-bit and for int8 weights."""
-    for model, (H, K) in {"tiny": (64, 128)}.items() if tiny else SHAPES.items():
+    for model in ("tiny",) if tiny else ("1B", "7B"):
+        H, K = LLAMAS[model]["hidden_size"], LLAMAS[model]["intermediate_size"]
         for R, C in ((H, H), (K, H), (H, K)):
             linear = nn.Linear(C, R, bias=False, dtype=torch.bfloat16).requires_grad_(False)
             linear.weight *= keep_mask(linear.weight.abs(), NM(2, 4))
@@ -77,7 +78,7 @@ def sparse(device: str, tiny: bool) -> Iterator[dict[str, Any]]:
                 for held, name in ((None, "16 bit"), (codes, "int8")):
                     here = forms_here(held is not None)
                     forms = {key: form for key, form in here.items() if device == "cuda" or form is INT8["int8"]}
-                    ms, failed = measured(linear.to(device), held, tokens, forms, timer(device, 20))
+                    ms, failed = measured(linear.to(device), held, tokens, forms, timer(device))
                     yield {"model": model, "R": R, "C": C, "tokens": tokens, "weights": name, "ms": ms, "no": failed}
 
 
@@ -86,7 +87,7 @@ def sparse(device: str, tiny: bool) -> Iterator[dict[str, Any]]:
 
 def train(device: str, tiny: bool) -> Iterator[dict[str, Any]]:
     """Seconds of a step, and the share of the card's rate."""
-    model = llama(32, 64, 2, vocab_size=128) if tiny else llama(2048, 5632, 22, vocab_size=32_000)
+    model = llama("tiny", 2, 128) if tiny else llama("1B", 22, 32_000)
     weights, (rows, micro, length) = sum(p.numel() for p in model.parameters()), (2, 1, 32) if tiny else (16, 4, 2048)
     found = steps(model, device, rows, micro, length, words=model.config.vocab_size)
     rate, tokens = rate_of(device, 64 if tiny else 8192), rows * length
@@ -97,7 +98,7 @@ def train(device: str, tiny: bool) -> Iterator[dict[str, Any]]:
 def rate_of(device: str, n: int) -> float:
     """Operations a second in a product of two n x n matrices in bfloat16."""
     A = torch.randn(n, n).to(device, torch.bfloat16)
-    return 2 * n**3 / (timer(device, 10)(torch.matmul, A, A) / 1000)
+    return 2 * n**3 / (timer(device)(torch.matmul, A, A) / 1000)
 
 
 def memory(device: str) -> dict[str, float]:
@@ -111,7 +112,7 @@ def prune(device: str, tiny: bool) -> Iterator[dict[str, Any]]:
     """Seconds of one block and, on a GPU, the most memory that its tensors took."""
     rows = torch.randint(100, (2, 64) if tiny else (SAMPLES, SEQ_LEN), generator=torch.Generator().manual_seed(0))
     for method in METHODS:
-        model = llama(32, 64, 1, vocab_size=128) if tiny else llama(4096, 11008, 1, vocab_size=128)
+        model = llama("tiny" if tiny else "7B", 1, 128)
         adapter = DecoderAdapter(model)
         options = RunOptions(device=device, batch=1 if tiny else 8, precision="bfloat16")
         if device == "cuda":

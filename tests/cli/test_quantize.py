@@ -275,16 +275,22 @@ def test_the_saved_recipe_gives_the_same_bytes(int4, run, tmp_path, files):
     assert "is complete: nothing was left to do" in ran.err
 
 
-@pytest.mark.parametrize("pattern", [["--pattern", "2:4"], ["--sparsity", "0.6"]], ids=["2:4", "60 %"])
-def test_joint_prunes_and_quantizes_a_dense_model(pattern, run, dense, text, tmp_path):
+@pytest.mark.parametrize(
+    ("pattern", "share", "promised"),
+    [
+        (["--pattern", "2:4"], 0.5, {"2:4"}),
+        (["--sparsity", "0.6"], 0.6, {"60%"}),
+        (["--sparsity", "0.6", "--set", "taper=0.2"], 0.6, {"40%", "80%"}),
+    ],
+    ids=["2:4", "60 %", "40 to 80 %"],
+)
+def test_joint_prunes_and_quantizes_a_dense_model(pattern, share, promised, run, dense, text, tmp_path):
     ran = run("quantize", dense, "--method", "joint", *pattern, *text, "--out", tmp_path / "out", "--json")
     assert ran.code == 0, ran.err
     assert ran.json["zeros"]["before"] == 0
-    assert ran.json["zeros"]["after"] >= (0.5 if "2:4" in pattern else 0.6) * ran.json["weights"] - 14
+    assert ran.json["zeros"]["after"] >= share * ran.json["weights"] - 14
     inspected = run("inspect", tmp_path / "out", "--json").json
-    assert {row["pattern"] for row in inspected["rows"] if row["ok"] is not None} == {
-        "2:4" if "2:4" in pattern else "60%"
-    }
+    assert {row["pattern"] for row in inspected["rows"] if row["ok"] is not None} == promised
     logits(opened(tmp_path / "out"))
 
 
@@ -389,6 +395,7 @@ REFUSED = {
     ),
     "unknown method": (["--method", "awq"], 2, ["method", "'awq'", "gptq"]),
     "pattern without joint": (["--pattern", "2:4"], 2, ["gptq keeps the zeros", "--method joint"]),
+    "taper without joint": (["--set", "taper=0.1"], 2, ["gptq keeps the zeros", "--method joint"]),
     "joint without a pattern": (["--method", "joint"], 2, ["needs a sparsity"]),
     "unknown key": (["--set", "bit=4"], 2, ["'bit'", "did you mean bits"]),
     "somebody's out": (["--out", "theirs"], 2, ["theirs", "exists"]),

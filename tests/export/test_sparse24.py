@@ -76,7 +76,8 @@ def test_slower_matrices_stay_dense(pruned):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(pruned).requires_grad_(False)
-    packed = [name for name, _ in model.named_parameters() if "_proj" in name]
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    packed = [name for name in before if "_proj" in name]
 
     def wrong(linear: torch.nn.Linear, codes: object) -> torch.nn.Module:
         made = copy.deepcopy(linear)
@@ -90,10 +91,10 @@ def test_slower_matrices_stay_dense(pruned):
         return torch.nn.Sequential(linear)
 
     def clock(made, X):
-        assert X.shape[0] == 16
-        if isinstance(made, torch.nn.Linear):
-            return 2.0
-        return 1.0 if made[0].out_features == 64 else 3.0
+        dense = isinstance(made, torch.nn.Linear)
+        linear = made if dense else made[0]
+        assert X.shape == (16, linear.in_features)
+        return 2.0 if dense else (1.0 if linear.out_features == 64 else 3.0)
 
     forms = {"fast": fast, "wrong": wrong, "broken": refuse}
     report = swap(model, dict.fromkeys(packed), 16, clock, lambda codes: forms)
@@ -104,6 +105,8 @@ def test_slower_matrices_stay_dense(pruned):
     for name in packed:
         module = model.get_submodule(name.removesuffix(".weight"))
         assert isinstance(module, torch.nn.Sequential) == (chosen[name] == "fast"), name
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name.replace(".0.weight", ".weight")]), name
     assert report[0].failed == {"broken": "wants rows of 128", "wrong": "its products are off by 0.1 of their norm"}
     assert report[0].ms == {"dense": 2.0, "fast": 3.0}
 
