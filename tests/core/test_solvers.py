@@ -76,6 +76,18 @@ def test_dead_inputs_are_pruned_first(problem, solver):
     assert not mask[:, [3, 7]].any()
 
 
+@pytest.mark.parametrize("pattern", [Unstructured(0.3), Unstructured(0.6), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("dead", [2, 8, 24])
+def test_admm_is_as_good_beside_dead_inputs(problem, dead, pattern):
+    W, X, _ = problem(R=24, C=32, T=400)
+    where = torch.randperm(32, generator=torch.Generator().manual_seed(0))[:dead]
+    X[:, where] = 0
+    H = X.T @ X / len(X)
+    pruned = ADMM().solve(W, H, pattern).W
+    assert relative_error(W, pruned, H) < 1.02 * relative_error(W, SparseGPT().solve(W, H, pattern).W, H) + 1e-6
+    assert pruned[:, where].abs().max() <= 1.01 * W.abs().max()
+
+
 @pytest.mark.parametrize("solver", [SparseGPT(), ADMM()], ids=name)
 def test_inputs_that_are_all_zero_are_an_error_not_an_identity(solver):
     with pytest.raises(NumericalError, match="every calibration input"):

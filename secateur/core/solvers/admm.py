@@ -62,6 +62,7 @@ class ADMM:
         """The ridge solve, normalised: its right-hand side without the penalty, its inverse, the ladder's note."""
         G = torch.outer(norms, norms)
         torch.div(H, G, out=G)
+        G.diagonal().fill_(1)  # of a dead channel too: cholesky's ridge is relative to the mean, and must be absolute
         fixed = (W0 @ G).add_(W0, alpha=self.damp)
         L, _, note = cholesky(G, self.damp + self.rho)
         del G  # a wide one is a good part of what a run holds
