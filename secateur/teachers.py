@@ -13,11 +13,13 @@ from secateur.core.losses import Distillation
 from secateur.data.sources import read_texts
 from secateur.data.tokens import check_seq_len, eval_windows, tokenize
 from secateur.errors import UsageError
+from secateur.models.adapter import DecoderAdapter
 from secateur.models.durable import LOCK, UNFINISHED, admit, locked
 from secateur.models.load import Loaded
 from secateur.models.save import flush, refuse_occupied
 from secateur.report.facts import Stopwatch, versions
 from secateur.runs import open_model, resolve_device, resolve_precision
+from secateur.training import shards
 from secateur.training.cache import CachedTeacher, CacheFacts, build, is_cache
 from secateur.training.learner import ModelTeacher, Teacher
 
@@ -45,15 +47,19 @@ def tutor(
     precision: Literal["float32", "bfloat16"],
     device: torch.device,
     watch: Stopwatch,
+    *,
+    shard: bool = False,
 ) -> Tutor:
     """Who was asked for, in the type of the products; by default what the student was pruned from, or its dense self.
 
-    UsageError where student and teacher do not speak of the same tokens, or a cache does not fit the loss.
+    ``shard``: each process keeps its share of every block, and gathers a block when it runs. UsageError where student and teacher do not speak of the same tokens, or a cache does not fit the loss.
     """
     if isinstance(teacher, str | os.PathLike) and is_cache(Path(teacher).expanduser()):
         return _cached(student, Path(teacher).expanduser(), loss)
     loaded = _loaded(student, teacher, precision, watch)
     _check_vocabulary(student, loaded.model.config.get_text_config().vocab_size)
+    if shard:
+        shards.spread_blocks(DecoderAdapter(loaded.model).blocks, device)
     torch.nn.Module.to(loaded.model, device)
     return Tutor(ModelTeacher(loaded.model), loaded.source, loaded.source, loaded.fingerprint)
 

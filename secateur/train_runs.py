@@ -90,8 +90,7 @@ class TrainRun:
         with watch.stage("data", f"read {', '.join(config.data)}"):
             texts = [read_texts(name, "calibration") for name in config.data]
         own = open_model(student, None, config.dtype, watch)
-        place = accelerator.device if config.teacher_device == "auto" else torch.device(config.teacher_device)
-        other = tutor(own, teacher, config.loss, precision, place, watch)
+        other = _tutor(own, teacher, config, precision, accelerator.device, watch)
         check_seq_len(config.seq_len, getattr(own.model.config, "max_position_embeddings", None))
         with watch.stage("tokenize"):
             tokens = [tokenize(text, own.tokenizer) for text in texts]
@@ -243,6 +242,20 @@ def _settled(config: TrainConfig, student: Loaded, device: str, precision: str, 
     return train_config_from_dict({**config.to_dict(), **fields})
 
 
+def _tutor(
+    student: Loaded,
+    teacher: Named | None,
+    config: TrainConfig,
+    precision: Literal["float32", "bfloat16"],
+    device: torch.device,
+    watch: Stopwatch,
+) -> Tutor:
+    """On the student's device, dealt out as the student is; or whole on another."""
+    if config.teacher_device == "auto":
+        return tutor(student, teacher, config.loss, precision, device, watch, shard=config.shard)
+    return tutor(student, teacher, config.loss, precision, torch.device(config.teacher_device), watch)
+
+
 def _loop(
     student: Loaded,
     teacher: Tutor,
@@ -252,7 +265,9 @@ def _loop(
     config: TrainConfig,
     accelerator: Accelerator,
 ) -> Loop:
-    model = student.model.to(accelerator.device).requires_grad_(True).train()
+    model = student.model.requires_grad_(True).train()
+    if not config.shard:
+        model.to(accelerator.device)
     if config.slorb:
         start_slorb(model, first_masks(adapter, plan), config.slorb)
     generator, lora = torch.Generator().manual_seed(config.seed), []

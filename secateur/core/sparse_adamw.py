@@ -160,6 +160,8 @@ ONCE_FROZEN: dict[str, Update] = {"admm": fixed_}
 """What those that are another method with a frozen mask become."""
 DENSE_UNTIL_FROZEN = ("cast", "admm")
 """Methods whose model computes with all weights while the mask still moves."""
+PULLED_ALIKE = ("cast",)
+"""Methods that pull every pruned weight with lambda and not with lambda W, and whose pull rises without a ramp."""
 
 
 def pruned_part(held: Weights) -> Float[Tensor, "..."]:
@@ -276,7 +278,7 @@ class Absolute:
     value: float
     """lambda. AST used 1e-4 for GPT-2 and 6e-5 for Llama-2-7B, at their scales of loss and weights."""
 
-    def of(self, held: Weights, norm: Norm = torch.linalg.vector_norm) -> float:
+    def of(self, held: Weights, norm: Norm = torch.linalg.vector_norm, *, alike: bool = False) -> float:
         return self.value
 
 
@@ -284,14 +286,15 @@ class Absolute:
 class Relative:
     """lambda = c rms(m) / rms(W) of each matrix: the pull on an average pruned weight is c times an average gradient's.
 
-    Free of the scale of loss and weights. Too small lets masks oscillate, too large does little harm.
+    Where all are pulled alike that is lambda = c rms(m). Free of the scale of loss and weights. Too small lets masks
+    oscillate, too large does little harm.
     """
 
     c: float = 3.0
     """The published absolute values come to 1 to 3."""
 
-    def of(self, held: Weights, norm: Norm = torch.linalg.vector_norm) -> float:
-        size = float(norm(held.W))
+    def of(self, held: Weights, norm: Norm = torch.linalg.vector_norm, *, alike: bool = False) -> float:
+        size = float(norm(held.W.sign() if alike else held.W))
         return self.c * float(norm(held.m)) / size if size > 0 else 0.0
 
 

@@ -60,15 +60,18 @@ def judged(parameter: Tensor, state: State) -> Weights:
     return own if own.split is None else own._replace(W=own.split)
 
 
-def measure(parameter: Tensor, state: State, decay: Decay, annealed: float) -> None:
-    """Before a new mask: what lambda is to be, and ADMM's dual step. Together."""
-    own = held(parameter, state)
-    pull = decay.of(own, partial(shards.norm, parameter=parameter))
+def measure(parameter: Tensor, state: State, decay: Decay, *, alike: bool) -> None:
+    """What lambda is to be. Together."""
+    pull = decay.of(held(parameter, state), partial(shards.norm, parameter=parameter), alike=alike)
     state["decay"] = torch.tensor(pull)
-    if own.split is not None:
-        penalty = pull * annealed or own.penalty  # never back to nothing
-        dual_(own, penalty)
-        state["penalty"] = torch.tensor(penalty)
+
+
+def dual(parameter: Tensor, state: State, annealed: float) -> None:
+    """ADMM's dual step, before a new mask."""
+    own = held(parameter, state)
+    penalty = float(state["decay"]) * annealed or own.penalty  # never back to nothing
+    dual_(own, penalty)
+    state["penalty"] = torch.tensor(penalty)
 
 
 def move_scales(state: State, G: Tensor, used: Tensor, step: Step) -> Tensor:

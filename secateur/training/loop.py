@@ -135,11 +135,9 @@ class Loop:
         return total, divergence, entropy
 
     def _sums_up(self, *, last: bool) -> AbstractContextManager[None]:
-        """Gradients are averaged over the processes once a batch, with its last part."""
-        if isinstance(self.wrapped, FSDPModule):
-            self.wrapped.set_requires_gradient_sync(last)
-            return nullcontext()
-        return nullcontext() if last else self.accelerator.no_sync(self.wrapped)
+        """DDP averages gradients once a batch, with its last part; FSDP2 at once, or each process would hold all."""
+        whole = last or isinstance(self.wrapped, FSDPModule)
+        return nullcontext() if whole else self.accelerator.no_sync(self.wrapped)
 
     def _norm(self) -> float:
         """Of the gradient, which is cut to ``clip``."""
@@ -159,6 +157,7 @@ class Loop:
 
     def _leave_out(self, norm: float) -> None:
         self.skipped += 1
+        self.optimizer.leave_out()
         if self.skipped > self.options.tolerated:
             raise NumericalError(
                 f"step {self.step + 1}: the gradient is not finite (norm {norm}), for the {self.skipped}th time; lower "

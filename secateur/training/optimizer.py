@@ -47,6 +47,7 @@ from secateur.core.sparse_adamw import (
     METRICS,
     NEED_INPUTS,
     ONCE_FROZEN,
+    PULLED_ALIKE,
     UPDATES,
     Decay,
     Relative,
@@ -159,7 +160,7 @@ class SparseAdamW(Optimizer):
         for parameter, group in sparse:
             state = self.state[parameter]
             state["mask"] = shards.like(self._chosen(parameter, group, patterns[parameter]), parameter)
-            state["decay"] = torch.zeros(())
+            held.measure(parameter, state, self.decay, alike=self.method in PULLED_ALIKE)
             state["flips"] = torch.zeros(())
             self._write(parameter, group)
 
@@ -178,9 +179,17 @@ class SparseAdamW(Optimizer):
         with torch.enable_grad():
             loss = closure() if closure is not None else None
         self._check_seen()
+        self._advance([(parameter, group) for parameter, group in self._all() if parameter.grad is not None])
+        return loss
+
+    @torch.no_grad()
+    def leave_out(self) -> None:
+        """A step whose gradient is not to be used: nothing moves, and the schedule goes on."""
+        self._advance([])
+
+    def _advance(self, moved: list[tuple[Tensor, dict[str, Any]]]) -> None:
         for group in self.param_groups:
             group["step"] += 1
-        moved = [(parameter, group) for parameter, group in self._all() if parameter.grad is not None]
         for parameter, group in moved:
             self._move(parameter, group, self._step_of(group))
         sparse = [(p, group) for p, group in self._all() if "mask" in self.state.get(p, ())]
@@ -188,7 +197,6 @@ class SparseAdamW(Optimizer):
         self._refresh(due)
         for parameter, group in dict([*moved, *due]).items():
             self._write(parameter, group)
-        return loss
 
     def _check_seen(self) -> None:
         tokens = [state["tokens"] for state in self.state.values() if "tokens" in state]
@@ -235,7 +243,7 @@ class SparseAdamW(Optimizer):
         if "mask" in state:
             later = ONCE_FROZEN if self.schedule.frozen(step.number) else {}
             update = later.get(self.method, UPDATES[self.method])
-            decay = float(state["decay"]) * self.schedule.annealed(step.number)
+            decay = float(state["decay"]) * self._annealed(step.number)
             update(own, grad, replace(step, decay=decay))
         else:
             adamw_(own, grad, step)
@@ -244,13 +252,19 @@ class SparseAdamW(Optimizer):
         """Whether the model computes with all weights in step ``number``."""
         return self.method in DENSE_UNTIL_FROZEN and not self.schedule.frozen(number)
 
+    def _annealed(self, number: int) -> float:
+        """Share of the full decay in step ``number``."""
+        return 1.0 if self.method in PULLED_ALIKE else self.schedule.annealed(number)
+
     def _held(self, parameter: Tensor) -> Weights:
         return held.held(parameter, self.state[parameter])
 
     def _refresh(self, due: list[tuple[Tensor, dict[str, Any]]]) -> None:
         """Measure the decay, and choose masks anew."""
         for parameter, group in due:
-            held.measure(parameter, self.state[parameter], self.decay, self.schedule.annealed(group["step"]))
+            held.measure(parameter, self.state[parameter], self.decay, alike=self.method in PULLED_ALIKE)
+            if "split" in self.state[parameter]:
+                held.dual(parameter, self.state[parameter], self._annealed(group["step"]))
         patterns = self._wanted(due) if self.method != "fixed" else {}
         for parameter, group in due:
             if parameter in patterns:

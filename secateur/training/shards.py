@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -75,23 +75,34 @@ def norm(part: Tensor, parameter: Tensor) -> Tensor:
 
 
 def spread(module: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
-    """Deal the rows of every parameter out to the processes, gathered block by block when they are used (FSDP2)."""
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    """Deal the rows of every parameter out to the processes, gathered block by block when they are used (FSDP2).
+
+    No device ever holds the whole: a module that lies in host memory moves to the device block by block.
+    """
+    spread_blocks(blocks, device)
+    fully_shard(module, mesh=_mesh(device))
+
+
+def spread_blocks(blocks: Iterable[nn.Module], device: torch.device) -> None:
+    """The same for the blocks of a model that is only asked; what is not a block stays whole, where it is."""
     for block in blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+        fully_shard(block, mesh=_mesh(device), reshard_after_forward=True)
+
+
+def _mesh(device: torch.device) -> DeviceMesh:
+    return init_device_mesh(device.type, (dist.get_world_size(),))
 
 
 @torch.no_grad()
 def gathered(model: nn.Module) -> None:
-    """Whole parameters again, in the first process; the model can then be saved, but not run. Together."""
+    """Whole parameters again, in the first process's host memory; the model can be saved, but not run. Together."""
     found: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if isinstance(parameter, DTensor):
                 if parameter not in found:
                     every = whole(parameter)  # in all processes, though the first alone keeps it
-                    found[parameter] = nn.Parameter(every if is_first() else every.new_empty(0), requires_grad=False)
+                    found[parameter] = nn.Parameter(every.cpu() if is_first() else every.new_empty(0), requires_grad=False)
                 module._parameters[name] = found[parameter]
 
 

@@ -181,7 +181,8 @@ def test_decay_without_a_scale():
     larger = held._replace(W=held.W * 10, m=held.m * 7)
     assert Relative(3.0).of(larger) * 10 / 7 == pytest.approx(Relative(3.0).of(held))
     assert Relative(3.0).of(held._replace(W=torch.zeros(2, 2))) == 0
-    assert Absolute(1e-4).of(larger) == 1e-4
+    assert Relative(3.0).of(larger, alike=True) == pytest.approx(3 * 3.5)
+    assert Absolute(1e-4).of(larger) == Absolute(1e-4).of(larger, alike=True) == 1e-4
 
 
 def test_metrics_and_flips():

@@ -86,9 +86,6 @@ def test_it_is_the_straight_through_estimator(decay):
     theirs = copy.deepcopy(ours)
     schedule = Schedule(30, refresh=4, anneal=0.0, freeze=1.0)
     optimizer = SparseAdamW(groups(ours, NM(2, 4)), method="srste", decay=Absolute(decay), lr=1e-2, schedule=schedule)
-    for state in optimizer.state.values():
-        if "decay" in state:
-            state["decay"].fill_(decay)  # from the first step on, not from the first refresh
     reference = torch.optim.AdamW(theirs.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
     first, last = theirs[0], theirs[2]
     masks = {linear: keep_mask(linear.weight.abs(), NM(2, 4)) for linear in (first, last)}
@@ -270,6 +267,31 @@ def test_the_decay_follows_gradients_and_weights():
     state = optimizer.state[model[0].weight]
     expected = 2 * state["exp_avg"].norm() / state["master"].norm()
     assert float(state["decay"]) == pytest.approx(float(expected))
+
+
+def test_cast_draws_all_weights_alike_and_without_a_ramp():
+    """With c average gradients, whatever the size of the weights."""
+    weights = []
+    for anneal in (0.0, 1.0):
+        model = network()
+        schedule = Schedule(10, refresh=1, anneal=anneal)
+        optimizer = SparseAdamW(groups(model, NM(2, 4)), method="cast", decay=Relative(2.0), schedule=schedule)
+        train(model, optimizer, 5)
+        state = optimizer.state[model[0].weight]
+        assert float(state["decay"]) == pytest.approx(2 * float(state["exp_avg"].square().mean().sqrt()))
+        weights.append(state["master"])
+    assert torch.equal(*weights)
+
+
+def test_a_step_that_is_left_out_leaves_the_schedule_as_it_was():
+    """The last refresh, at which the sparsity arrives, falls on it."""
+    model = network()
+    schedule = Schedule(10, refresh=3, sparsify=1.0, freeze=1.0)
+    optimizer = SparseAdamW(groups(model, Unstructured(0.6)), lr=1e-2, schedule=schedule)
+    train(model, optimizer, 9)
+    optimizer.leave_out()
+    optimizer.project()
+    assert float((model[0].weight == 0).float().mean()) == pytest.approx(0.6, abs=1e-3)
 
 
 def test_one_threshold_over_all_matrices():

@@ -131,6 +131,16 @@ def test_parts_of_shared_tensors(mesh):
     assert shards.whole(shared).count_nonzero() == 0
 
 
+def test_a_model_that_is_asked_lies_in_shards_before_and_after(mesh):
+    blocks = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    x = torch.randn(3, 8)
+    expected = blocks(x)
+    shards.spread_blocks(blocks, torch.device("cpu"))
+    with torch.no_grad():
+        assert torch.equal(blocks(x), expected)
+    assert all(isinstance(parameter, DTensor) for parameter in blocks.parameters())
+
+
 @pytest.mark.parametrize("placed", [Shard(1), Partial()], ids=str)
 def test_a_pattern_wants_whole_rows(mesh, placed):
     shared = nn.Parameter(DTensor.from_local(torch.zeros(4, 4), mesh, [placed]))
