@@ -1,6 +1,7 @@
 """Whom a training run learns from: a model, loaded beside the student, or the answers that one has left in a cache."""
 
 import copy
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from secateur.config import load_recipe
 from secateur.core.losses import Distillation
 from secateur.data.sources import read_texts
-from secateur.data.tokens import check_seq_len, eval_windows, tokenize
+from secateur.data.tokens import check_seq_len
 from secateur.errors import UsageError
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.durable import LOCK, UNFINISHED, admit, locked
@@ -20,6 +21,7 @@ from secateur.models.save import flush, refuse_occupied
 from secateur.report.facts import Stopwatch, versions
 from secateur.runs import open_model, resolve_device, resolve_precision
 from secateur.training import shards
+from secateur.training.batches import windows_of_all
 from secateur.training.cache import CachedTeacher, CacheFacts, build, is_cache
 from secateur.training.learner import ModelTeacher, Teacher
 
@@ -52,8 +54,10 @@ def tutor(
 ) -> Tutor:
     """Who was asked for, in the type of the products; by default what the student was pruned from, or its dense self.
 
-    ``shard``: each process keeps its share of every block, and gathers a block when it runs. UsageError where student and teacher do not speak of the same tokens, or a cache does not fit the loss.
+    ``shard``: each process keeps its share of every block, and gathers a block when it runs. UsageError where student
+    and teacher do not speak of the same tokens, or a cache does not fit the loss.
     """
+    teacher = dense_original(student.source) if teacher is None else teacher
     if isinstance(teacher, str | os.PathLike) and is_cache(Path(teacher).expanduser()):
         return _cached(student, Path(teacher).expanduser(), loss)
     loaded = _loaded(student, teacher, precision, watch)
@@ -64,14 +68,11 @@ def tutor(
     return Tutor(ModelTeacher(loaded.model), loaded.source, loaded.source, loaded.fingerprint)
 
 
-def _loaded(
-    student: Loaded, teacher: Named | None, precision: Literal["float32", "bfloat16"], watch: Stopwatch
-) -> Loaded:
+def _loaded(student: Loaded, teacher: Named, precision: Literal["float32", "bfloat16"], watch: Stopwatch) -> Loaded:
     if isinstance(teacher, Loaded):
         return teacher
-    source = os.fspath(teacher) if teacher is not None else dense_original(student.source)
-    if source != student.source:
-        return open_model(source, None, precision, watch)
+    if os.fspath(teacher) != student.source:
+        return open_model(teacher, None, precision, watch)
     model = copy.deepcopy(student.model).to(getattr(torch, precision))  # once from the disk is enough
     return Loaded(model, student.tokenizer, student.source, student.fingerprint)
 
@@ -90,7 +91,7 @@ def _cached(student: Loaded, path: Path, loss: Distillation) -> Tutor:
             f"the cache was built at temperature {facts.temperature:g} and the loss has {loss.temperature:g}; set "
             f"loss.temperature={facts.temperature:g}, or build it again"
         )
-    return Tutor(cached, facts.teacher, str(path), facts.fingerprint)
+    return Tutor(cached, facts.teacher, str(path), f"{facts.fingerprint}, {facts.k} tokens")
 
 
 def dense_original(source: str) -> str:
@@ -143,19 +144,24 @@ def cache_teacher(
     A build that was killed goes on with ``resume``. Nothing is at ``out`` before all of it is.
     """
     place = Path(os.path.abspath(Path(out).expanduser()))
+    if is_cache(place):
+        raise UsageError(f"{place} is a finished cache; train with it, or delete it to ask again")
     refuse_occupied(place, overwrite=False)
     device, precision = resolve_device("auto"), resolve_precision("auto", resolve_device("auto"))
     loaded = open_model(teacher, None, precision, watch)
+    vocabulary = loaded.model.config.get_text_config().vocab_size
+    if config.k > vocabulary:
+        raise UsageError(f"top-k {config.k} of a vocabulary of {vocabulary} tokens; keep fewer")
     check_seq_len(config.seq_len, getattr(loaded.model.config, "max_position_embeddings", None))
     texts = [read_texts(name, "calibration") for name in config.data]
-    windows = torch.cat([eval_windows(tokenize(text, loaded.tokenizer), config.seq_len) for text in texts])
-    vocabulary = loaded.model.config.get_text_config().vocab_size
+    windows = windows_of_all(texts, loaded.tokenizer, config.seq_len)
     facts = CacheFacts(
         loaded.source, loaded.fingerprint, vocabulary, len(windows), config.seq_len, config.k, config.temperature
     )
     folder = place.with_name(place.name + UNFINISHED)
     folder.mkdir(parents=True, exist_ok=True)
-    run = {"cache": vars(facts), "data": list(config.data), "versions": versions()}
+    tokens = hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]
+    run = {"cache": vars(facts), "tokens": tokens, "versions": versions()}
     kept = len(list(folder.glob("*.safetensors")))
     with locked(folder), watch.stage("ask", f"ask {loaded.source} about {windows.numel():,} tokens"):
         admit(folder, run, resume=resume, kept=f"{kept} files" if kept else "")
@@ -167,4 +173,5 @@ def cache_teacher(
     folder.replace(place)
     flush(place.parent)
     size = sum(file.stat().st_size for file in place.iterdir())
-    return {"cache": vars(facts), "out": str(place), "bytes": size, "seconds": watch.total}
+    told = {"cache": vars(facts), "data": list(config.data), "out": str(place), "bytes": size}
+    return told | {"seconds": watch.total}

@@ -28,7 +28,7 @@ from secateur.config import (
 from secateur.core.allotment import MOST
 from secateur.core.losses import Distillation
 from secateur.core.pattern import Pattern, make_pattern, tapered, tapered_words
-from secateur.core.sparse_adamw import Absolute, Decay, Relative, Schedule
+from secateur.core.sparse_adamw import DENSE_UNTIL_FROZEN, Absolute, Decay, Relative, Schedule
 
 DEFAULT_LOSS = Distillation()
 Method = Literal["ast", "ast_g", "srste", "cast", "admm", "fixed", "none"]
@@ -130,7 +130,8 @@ class TrainConfig:
     dtype: Dtype = "auto"
     """Type that the student is loaded and saved in; masters are float32 always."""
     precision: Precision = "auto"
-    """Of products (autocast), and of the teacher's weights; auto takes bfloat16 where the device multiplies it."""
+    """Of products (autocast), and of the teacher's weights; auto takes bfloat16 where the device multiplies it. A
+    student of 16 bit multiplies in its own type."""
     checkpoint: int = 50
     """Steps between two states on disk. Changes no weight."""
     tracker: str | None = None
@@ -163,6 +164,11 @@ class TrainConfig:
         for name in ("lr", "clip", "c", "lora_scale"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        for name in ("decay", "weight_decay"):
+            if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are two numbers in [0, 1), got {self.betas}")
         for name in ("warmup", "final_lr"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share, in [0, 1]; got {getattr(self, name)}")
@@ -192,6 +198,11 @@ class TrainConfig:
             )
         elif self.slorb:
             raise ValueError("slorb starts from masks of single matrices, and global has none; use unstructured")
+        if self.slorb and (self.sparsify or self.method in ("none", *DENSE_UNTIL_FROZEN)):
+            raise ValueError(
+                "slorb makes up for what a whole mask takes away from the first step on; leave out sparsify, and use "
+                f"ast, ast_g, srste or fixed instead of {self.method}"
+            )
 
     def _check_lora(self) -> None:
         if self.lora and self.method != "fixed":
@@ -224,6 +235,8 @@ class TrainConfig:
 
     @property
     def words(self) -> str:
+        if self.method == "none":
+            return "method none prunes nothing and keeps no zero"
         if self.scope == "matrix":
             return tapered_words(self.target, self.taper)
         return f"{self.target} of the weights of all matrices together are zero, at most {MOST:.0%} of one"

@@ -20,7 +20,7 @@ from secateur.config import dump_recipe
 from secateur.core.plan import Plan
 from secateur.core.sparse_adamw import NEED_INPUTS
 from secateur.data.sources import Texts, read_texts
-from secateur.data.tokens import check_seq_len, tokenize
+from secateur.data.tokens import check_seq_len
 from secateur.errors import UsageError
 from secateur.evaluation.inspect import Inspection
 from secateur.models.adapter import DecoderAdapter
@@ -44,7 +44,7 @@ from secateur.runs import (
 from secateur.teachers import Named, Tutor, tutor
 from secateur.train_config import TrainConfig, train_config_from_dict
 from secateur.training import shards
-from secateur.training.batches import Batches, cut
+from secateur.training.batches import Batches, cut, windows_of_all
 from secateur.training.checkpoint import Checkpoints, opened, read_steps
 from secateur.training.groups import first_masks, kept_plan, parameter_groups, sparse_linears
 from secateur.training.inputs import InputSums
@@ -90,11 +90,12 @@ class TrainRun:
         with watch.stage("data", f"read {', '.join(config.data)}"):
             texts = [read_texts(name, "calibration") for name in config.data]
         own = open_model(student, None, config.dtype, watch)
+        _check_type(own)
         other = _tutor(own, teacher, config, precision, accelerator.device, watch)
         check_seq_len(config.seq_len, getattr(own.model.config, "max_position_embeddings", None))
         with watch.stage("tokenize"):
-            tokens = [tokenize(text, own.tokenizer) for text in texts]
-        batches = cut(tokens, seq_len=config.seq_len, batch=config.batch, holdout=config.holdout, seed=config.seed)
+            windows = windows_of_all(texts, own.tokenizer, config.seq_len)
+        batches = cut(windows, batch=config.batch, holdout=config.holdout, seed=config.seed)
         adapter = DecoderAdapter(own.model)
         selection = select_linears(adapter, config)
         with watch.stage("verify", "compare logits made in pieces with the model's own"):
@@ -126,8 +127,8 @@ class TrainRun:
             before = work.kept
             records, noted = self.steps(work)
             merge_lora(self.student.model)
-            report = self.report(records, noted) | {"out": str(out), "resumed_after_steps": before}
             kept = self.kept()
+            report = self.report(records, noted, kept) | {"out": str(out), "resumed_after_steps": before}
             shards.gathered(self.student.model)
             if shards.is_first():
                 clear_leftovers(out)
@@ -194,7 +195,7 @@ class TrainRun:
             )
         return checked(folder, self.watch)
 
-    def report(self, records: list[StepRecord], noted: dict[str, Any]) -> dict[str, Any]:
+    def report(self, records: list[StepRecord], noted: dict[str, Any], kept: Plan) -> dict[str, Any]:
         """All that ``report.json`` holds; seconds and memory are those of this process."""
         config, seconds = self.config, [record.seconds for record in records]
         return {
@@ -202,9 +203,9 @@ class TrainRun:
             "teacher": {"source": self.teacher.source},
             "recipe": config.to_dict(),
             "pattern": {"short": str(config.target), "words": config.words},
-            "sparsity": self.plan.sparsity,
-            "linears": len(self.plan),
-            "weights": self.plan.size,
+            "sparsity": kept.sparsity,
+            "linears": len(kept),
+            "weights": kept.size,
             "skipped": [row.to_dict() for row in self.selection.skipped],
             "processes": self.loop.accelerator.num_processes,
             "steps": config.steps,
@@ -242,6 +243,14 @@ def _settled(config: TrainConfig, student: Loaded, device: str, precision: str, 
     return train_config_from_dict({**config.to_dict(), **fields})
 
 
+def _check_type(student: Loaded) -> None:
+    if student.model.dtype == torch.float16:
+        raise UsageError(
+            f"{student.source} is in float16, whose smallest steps are larger than many a gradient; train it with "
+            "--set dtype=bfloat16 or dtype=float32"
+        )
+
+
 def _tutor(
     student: Loaded,
     teacher: Named | None,
@@ -253,7 +262,8 @@ def _tutor(
     """On the student's device, dealt out as the student is; or whole on another."""
     if config.teacher_device == "auto":
         return tutor(student, teacher, config.loss, precision, device, watch, shard=config.shard)
-    return tutor(student, teacher, config.loss, precision, torch.device(config.teacher_device), watch)
+    elsewhere = torch.device(resolve_device(config.teacher_device))
+    return tutor(student, teacher, config.loss, precision, elsewhere, watch)
 
 
 def _loop(

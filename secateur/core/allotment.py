@@ -31,7 +31,7 @@ def allotted(below: Below, sizes: Integer[Tensor, " n"], zeros: int) -> Integer[
 
     Of equal scores those in the first matrices stay. ValueError where so many zeros leave less than 1 - MOST of some.
     """
-    most = (sizes * MOST).long()
+    most = (sizes.double() * MOST).ceil().long()
     if zeros > int(most.sum()):
         raise ValueError(
             f"{zeros} zeros in {int(sizes.sum())} weights leave some matrix less than {1 - MOST:.0%} of its own; at "

@@ -13,6 +13,7 @@ the published code has T = 2 and the factor 4.
 T = tokens, D = hidden size, V = vocabulary, k = teacher logits that a cache kept. Sums are over tokens with a target.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -68,9 +69,9 @@ class Distillation:
     """Tokens whose logits exist at one time."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1 or self.temperature <= 0 or self.chunk < 1:
+        if not 0 <= self.alpha <= 1 or not 0 < self.temperature < math.inf or self.chunk < 1:
             raise ValueError(
-                "wanted alpha in [0, 1], temperature > 0, chunk >= 1; "
+                "wanted alpha in [0, 1], a finite temperature > 0, chunk >= 1; "
                 f"got {self.alpha}, {self.temperature}, {self.chunk}"
             )
         if self.divergence not in DIVERGENCES:

@@ -51,11 +51,13 @@ def sample_windows(
     return tokens[starts[:, None] + torch.arange(seq_len)]
 
 
-def eval_windows(tokens: Int64[Tensor, "N"], seq_len: int, limit: int | None = None) -> Int64[Tensor, "n S"]:
+def eval_windows(
+    tokens: Int64[Tensor, "N"], seq_len: int, limit: int | None = None, *, name: str = "the text"
+) -> Int64[Tensor, "n S"]:
     """Consecutive windows without overlap, the last partial one dropped; at most ``limit`` of them."""
     n = len(tokens) // seq_len
     if n == 0:
-        raise DataError(f"the text holds {len(tokens)} tokens, fewer than one window of {seq_len}; give more text")
+        raise DataError(f"{name} holds {len(tokens)} tokens, fewer than one window of {seq_len}; give more text")
     n = n if limit is None else min(n, limit)
     return tokens[: n * seq_len].view(n, seq_len)
 

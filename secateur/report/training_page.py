@@ -7,6 +7,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from secateur.core.losses import Distillation
 from secateur.report.tables import (
     command,
     facts,
@@ -49,7 +50,9 @@ def demo_tables(
 
 def cache_summary(told: dict[str, Any]) -> list[RenderableType]:
     """What was kept, and the command that learns from it."""
-    cache = told["cache"]
+    cache, data = told["cache"], [flag for name in told["data"] for flag in ("--data", name)]
+    heat = cache["temperature"]
+    loss = [] if heat == Distillation.temperature else ["--set", f"loss.temperature={heat:g}"]
     tokens = cache["windows"] * cache["seq_len"]
     rows = {
         "text": f"{cache['windows']} windows of {cache['seq_len']} tokens",
@@ -59,7 +62,22 @@ def cache_summary(told: dict[str, Any]) -> list[RenderableType]:
     }
     return [
         *facts(f"answers of {cache['teacher']}", rows),
-        command("Next:", "secateur", "train", cache["teacher"], "--teacher", told["out"], "--tokens", str(tokens)),
+        command(
+            "Next:",
+            "secateur",
+            "train",
+            cache["teacher"],
+            "--teacher",
+            told["out"],
+            *data,
+            "--seq-len",
+            str(cache["seq_len"]),
+            *loss,
+            "--tokens",
+            str(tokens),
+            "--out",
+            "trained",
+        ),
     ]
 
 

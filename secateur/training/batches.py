@@ -1,16 +1,22 @@
 """The text of a training run as windows of token ids in a fixed, endless order: where it stands is a step's number.
 
-N = tokens of a text, n = windows of all texts, S = seq_len, B = windows of one step.
+n = windows of all texts, S = seq_len, B = windows of one step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from secateur.data.sources import Texts
+from secateur.data.tokens import eval_windows, tokenize
 from secateur.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -40,17 +46,18 @@ class Batches:
         return torch.randperm(len(self.windows), generator=torch.Generator().manual_seed(self.seed + 1 + epoch))
 
 
-def cut(texts: Sequence[Int[Tensor, " N"]], *, seq_len: int, batch: int, holdout: int, seed: int) -> Batches:
-    """Every text in consecutive windows, the last partial one dropped; ``holdout`` of them, drawn by the seed, apart.
+def windows_of_all(texts: Iterable[Texts], tokenizer: "PreTrainedTokenizerBase", seq_len: int) -> Int[Tensor, "n S"]:
+    """Every text in consecutive windows, the last partial one dropped. DataError where a text is shorter than one."""
+    windows = [eval_windows(tokenize(text, tokenizer), seq_len, name=text.name) for text in texts]
+    return torch.cat(windows).int()
 
-    DataError where there are fewer windows than ``holdout`` and one batch.
-    """
-    rows = [text[: len(text) // seq_len * seq_len].view(-1, seq_len).int() for text in texts]
-    windows = torch.cat(rows)
+
+def cut(windows: Int[Tensor, "n S"], *, batch: int, holdout: int, seed: int) -> Batches:
+    """``holdout`` windows, drawn by the seed, apart. DataError where that leaves less than one batch."""
     if len(windows) < holdout + batch:
         raise DataError(
-            f"the text holds {sum(map(len, texts))} tokens, {len(windows)} windows of {seq_len}; {holdout} held out "
-            f"and one batch of {batch} need {holdout + batch}; give more text, a shorter seq_len or smaller numbers"
+            f"the text holds {len(windows)} windows of {windows.shape[1]} tokens; {holdout} held out and one batch of "
+            f"{batch} need {holdout + batch}; give more text, a shorter seq_len or smaller numbers"
         )
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     return Batches(windows[order[holdout:]], windows[order[:holdout]], batch, seed)

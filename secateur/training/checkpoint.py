@@ -32,8 +32,8 @@ from secateur.training.loop import Loop, StepRecord
 from secateur.training.named_state import deal_state, gather_state
 
 STATE, RECORDS = "state.json", "records.jsonl"
-RANDOM = "random state"
-"""Name of the generator's state among the tensors; no parameter has a space in its name."""
+RANDOM, RANDOM_THERE = "random state", "random state of the device"
+"""Names of the generators' states among the tensors; no parameter has a space in its name."""
 
 
 class Checkpoints:
@@ -108,14 +108,22 @@ def loop_state(loop: Loop) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Everything that the next step depends on: tensors, and numbers. In all processes; the first one's are whole."""
     tensors, trained = gather_state(loop.optimizer, loop.learner.student.named_parameters())
     numbers = {"step": loop.step, "skipped": loop.skipped, "optimizer": trained}
-    return {**tensors, RANDOM: torch.get_rng_state()}, numbers
+    return {**tensors, **_random_states(loop.accelerator.device)}, numbers
+
+
+def _random_states(device: torch.device) -> dict[str, Tensor]:
+    """Of dropout."""
+    there = {RANDOM_THERE: torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {RANDOM: torch.get_rng_state(), **there}
 
 
 def restore_loop(loop: Loop, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
     """Take a ``loop_state`` back. In all processes; what the first one passes counts."""
-    trained = {name: tensor for name, tensor in tensors.items() if name != RANDOM}
+    trained = {name: tensor for name, tensor in tensors.items() if name not in (RANDOM, RANDOM_THERE)}
     deal_state(loop.optimizer, loop.learner.student.named_parameters(), trained, numbers["optimizer"])
     torch.set_rng_state(shards.told(tensors.get(RANDOM)))
+    if (there := shards.told(tensors.get(RANDOM_THERE))) is not None and loop.accelerator.device.type == "cuda":
+        torch.cuda.set_rng_state(there, loop.accelerator.device)
     loop.step, loop.skipped = numbers["step"], numbers["skipped"]
 
 

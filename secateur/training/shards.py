@@ -102,7 +102,9 @@ def gathered(model: nn.Module) -> None:
             if isinstance(parameter, DTensor):
                 if parameter not in found:
                     every = whole(parameter)  # in all processes, though the first alone keeps it
-                    found[parameter] = nn.Parameter(every.cpu() if is_first() else every.new_empty(0), requires_grad=False)
+                    found[parameter] = nn.Parameter(
+                        every.cpu() if is_first() else every.new_empty(0), requires_grad=False
+                    )
                 module._parameters[name] = found[parameter]
 
 

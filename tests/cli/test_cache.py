@@ -1,6 +1,7 @@
 """``secateur cache``: a student learns from answers on disk as it does from the model that gave them."""
 
 import json
+import shlex
 
 import pytest
 
@@ -56,6 +57,58 @@ def test_a_build_that_was_killed_goes_on_to_the_same_bytes(run, cache, sharp_dir
     assert run(*flags, "--resume").code == 0
     for file in cache.glob("*.safetensors"):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_the_command_that_it_prints_next_runs(run, sharp_dir, text_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = run(
+        "cache", sharp_dir, "--data", text_file, "--seq-len", 64, "--temperature", 3, "--out", tmp_path / "cache"
+    )
+    assert made.code == 0
+    line = next(line for line in made.out.splitlines() if line.startswith("Next:"))
+    words = shlex.split(line.removeprefix("Next:"))[1:]
+    ran = run(*words, "--set", "holdout=4", "--tokens", 1024)
+    assert ran.code == 0, ran.err
+
+
+def test_who_learned_from_a_cache_is_taught_by_it_again(run, cache, sharp_dir, text_file, tmp_path):
+    flags = ["--data", text_file, *SMALL, "--tokens", 256, "--json"]
+    assert run("train", sharp_dir, "--teacher", cache, *flags, "--out", tmp_path / "one").code == 0
+    ran = run("train", tmp_path / "one", *flags, "--out", tmp_path / "two")
+    assert ran.code == 0, ran.err
+    assert ran.json["teacher"]["source"] == str(sharp_dir)
+
+
+def test_a_build_goes_on_with_the_same_text_only(run, sharp_dir, tmp_path, monkeypatch):
+    from secateur.training import cache as room
+
+    text = tmp_path / "text.txt"
+    text.write_text("one text " * 300)
+    flags = ["cache", sharp_dir, "--data", text, "--seq-len", 32, "--out", tmp_path / "out"]
+    durable, calls = room.durable, iter(range(1000))
+
+    def killed(*args):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        durable(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "durable", killed)
+        assert run(*flags).code == 130
+    text.write_text("two text " * 300)
+    ran = run(*flags, "--resume")
+    assert ran.code == 2
+    assert "tokens was" in ran.error
+
+
+def test_what_cannot_be_built(run, cache, sharp_dir, text_file, tmp_path):
+    again = run("cache", sharp_dir, "--data", text_file, "--out", cache)
+    assert again.code == 2
+    assert "is a finished cache; train with it, or delete it" in again.error
+    many = run("cache", sharp_dir, "--data", text_file, "--top-k", 300, "--out", tmp_path / "out")
+    assert many.code == 2
+    assert "top-k 300 of a vocabulary of 260 tokens" in many.error
+    assert not list(tmp_path.iterdir())
 
 
 WRONG = {

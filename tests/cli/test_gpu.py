@@ -1,6 +1,8 @@
 """Commands on a GPU, or on one that is pretended (test_pretended_gpu.py), beside the same ones on the CPU."""
 
+import json
 import os
+import shutil
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -159,7 +161,11 @@ def test_blocks_that_lie_on_disk(run, sharp_dir, text_file, tmp_path):
 
 
 def test_a_killed_training_goes_on(run, killed_at, sharp_dir, text_file, files, tmp_path):
-    command = ["train", sharp_dir, "--data", text_file, *STEPS, "--device", "cuda", "--set", "checkpoint=1"]
+    """Dropout too, whose numbers come from the device's own generator."""
+    student = shutil.copytree(sharp_dir, tmp_path / "student")
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
+    command = ["train", student, "--data", text_file, *STEPS, "--device", "cuda", "--set", "checkpoint=1"]
     assert run(*command, "--out", tmp_path / "whole").code == 0
     killed_at(2, *command, "--out", tmp_path / "killed")
     assert run(*command, "--out", tmp_path / "killed", "--resume").code == 0

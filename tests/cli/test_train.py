@@ -5,6 +5,7 @@ import math
 from itertools import combinations
 
 import pytest
+import torch
 
 SMALL = [
     "--tokens",
@@ -170,6 +171,8 @@ def test_other_patterns_and_none(flags, run, sharp_dir, text_file, tmp_path):
     assert run("inspect", tmp_path / "out").code == 0
     zeros = sum(map(bool, masks(tmp_path / "out").values()))
     assert zeros == (0 if "none" in flags else 14)
+    assert ran.json["linears"] == zeros
+    assert ran.json["sparsity"] == (0 if "none" in flags else 0.7)
 
 
 def test_admm_keeps_exactly_what_it_promised(run, sharp_dir, text_file, tmp_path):
@@ -281,12 +284,53 @@ WRONG = {
     "unknown method": (["--data", "{text}", *SMALL, "--method", "magic"], 2, "method: input should be 'ast'"),
     "pattern does not divide": (["--data", "{text}", *SMALL, "--pattern", "3:7"], 2, "7"),
     "k does not divide": (["--data", "{text}", *SMALL, "--slorb", 5], 2, "k to divide in_features, got k = 5 and 32"),
+    "branches beside dense weights": (
+        ["--data", "{text}", *SMALL, "--method", "cast", "--slorb", 8],
+        2,
+        "use ast, ast_g, srste or fixed instead of cast",
+    ),
+    "branches beside a rising sparsity": (
+        ["--data", "{text}", *SMALL, "--pattern", "row", "--sparsity", 0.5, "--slorb", 8, "--set", "sparsify=0.5"],
+        2,
+        "leave out sparsify",
+    ),
+    "a decay that feeds": (["--data", "{text}", *SMALL, "--set", "decay=-1"], 2, "decay must be at least 0 and finite"),
+    "no decay": (["--data", "{text}", *SMALL, "--set", "weight_decay=-1"], 2, "weight_decay must be at least 0"),
+    "endless moments": (
+        ["--data", "{text}", *SMALL, "--set", "betas=[0.9, 1.0]"],
+        2,
+        "betas are two numbers in [0, 1)",
+    ),
+    "heat": (["--data", "{text}", *SMALL, "--set", "loss.temperature=1e999"], 2, "a finite temperature > 0"),
+    "float16": (["--data", "{text}", *SMALL, "--set", "dtype=float16"], 2, "--set dtype=bfloat16 or dtype=float32"),
     "unknown key": (["--data", "{text}", *SMALL, "--set", "los.alpha=1"], 2, "did you mean loss?"),
     "bad loss": (["--data", "{text}", *SMALL, "--set", "loss.alpha=2"], 2, "wanted alpha in [0, 1]"),
     "text too short": (["--data", "{text}", *SMALL, "--seq-len", 128, "--set", "holdout=9999"], 1, "give more text"),
     "window too long": (["--data", "{text}", *SMALL, "--seq-len", 1024], 2, "above the model's context of 128"),
     "no such teacher": (["--data", "{text}", *SMALL, "--teacher", "./nowhere"], 1, "there is nothing at ./nowhere"),
 }
+
+
+def test_one_of_several_texts_is_too_short(run, sharp_dir, text_file, tmp_path):
+    (tmp_path / "short.txt").write_text("short")
+    ran = run(
+        "train", sharp_dir, "--data", text_file, "--data", tmp_path / "short.txt", *SMALL, "--out", tmp_path / "o"
+    )
+    assert ran.code == 1
+    assert "short.txt holds 5 tokens, fewer than one window of 32" in ran.error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")
+def test_a_teacher_on_a_gpu_that_is_not_there(run, sharp_dir, text_file, tmp_path):
+    ran = run("train", sharp_dir, "--data", text_file, *SMALL, "--set", "teacher_device=cuda", "--out", tmp_path / "o")
+    assert ran.code != 0
+    assert "torch sees no CUDA device here" in ran.error
+
+
+def test_as_many_zeros_as_one_threshold_may_make(run, sharp_dir, text_file, tmp_path):
+    most = ["--pattern", "global", "--sparsity", 0.95, "--tokens", 256, "--out", tmp_path / "out"]
+    ran = run("train", sharp_dir, "--data", text_file, *SMALL, *most)
+    assert ran.code == 0, ran.err
 
 
 @pytest.mark.parametrize(("flags", "code", "said"), WRONG.values(), ids=WRONG)

@@ -1,5 +1,7 @@
 """The threshold over all matrices against a sort of all scores; exact totals, ties, and none emptied."""
 
+import math
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ def sizes(matrices):
 
 def by_sorting(matrices, zeros):
     """Smallest first; of equal ones those of later matrices first. A full matrix is passed over."""
-    left = [int(MOST * matrix.numel()) for matrix in matrices]
+    left = [math.ceil(MOST * matrix.numel()) for matrix in matrices]
     counts = [0] * len(matrices)
     scores = [(score, -i) for i, matrix in enumerate(matrices) for score in matrix.flatten().tolist()]
     for _, i in sorted(scores):
