@@ -108,6 +108,10 @@ class TrainConfig:
     into the weights at the end. None takes what the method's paper has: 2 for cast, 0 for others."""
     slorb: int = 0
     """k of a trainable low-rank branch of rank in_features / k beside every sparse linear; 0 = none."""
+    slorb_train_X: bool = True
+    """Train its projection too; false leaves that the sums over k inputs."""
+    slorb_follow: bool = False
+    """When a mask moves, what it takes away enters the branch and what comes back leaves it; as published, nothing."""
     lora: int = 0
     """Rank of an adapter for every sparse linear: they alone are trained, under the mask as it is, and merged at the
     end; needs method fixed. 0 trains the weights."""
@@ -203,6 +207,8 @@ class TrainConfig:
                 "slorb makes up for what a whole mask takes away from the first step on; leave out sparsify, and use "
                 f"ast, ast_g, srste or fixed instead of {self.method}"
             )
+        if not self.slorb and (self.slorb_follow or not self.slorb_train_X):
+            raise ValueError("slorb_train_X and slorb_follow are of branches, and there are none; set slorb")
 
     def _check_lora(self) -> None:
         if self.lora and self.method != "fixed":

@@ -50,7 +50,7 @@ from secateur.training.groups import first_masks, kept_plan, parameter_groups, s
 from secateur.training.inputs import InputSums
 from secateur.training.learner import Learner
 from secateur.training.loop import Loop, LoopOptions, StepRecord
-from secateur.training.low_rank import start_slorb
+from secateur.training.low_rank import follow_masks, start_slorb
 from secateur.training.masked_lora import merge_lora, start_lora
 from secateur.training.optimizer import SparseAdamW
 from secateur.training.outcome import Outset, outset, warnings
@@ -279,7 +279,7 @@ def _loop(
     if not config.shard:
         model.to(accelerator.device)
     if config.slorb:
-        start_slorb(model, first_masks(adapter, plan), config.slorb)
+        start_slorb(model, first_masks(adapter, plan), config.slorb, train_X=config.slorb_train_X)
     generator, lora = torch.Generator().manual_seed(config.seed), []
     if config.lora:
         lora = start_lora(model, first_masks(adapter, plan), config.lora, config.lora_scale, generator)
@@ -302,6 +302,8 @@ def _loop(
         betas=config.betas,
         weight_decay=config.weight_decay,
     )
+    if config.slorb_follow:
+        follow_masks(optimizer, model)
     options = LoopOptions(
         config.steps, config.lr, config.warmup, config.final_lr, config.clip, config.micro_batch, config.tolerated
     )

@@ -157,7 +157,8 @@ class Loop:
 
     def _leave_out(self, norm: float) -> None:
         self.skipped += 1
-        self.optimizer.leave_out()
+        self.optimizer.zero_grad()
+        self.optimizer.step()  # nothing moves, and the schedule goes on
         if self.skipped > self.options.tolerated:
             raise NumericalError(
                 f"step {self.step + 1}: the gradient is not finite (norm {norm}), for the {self.skipped}th time; lower "

@@ -1,21 +1,29 @@
-"""SLoRB's start (AST, arXiv:2407.20584): trainable branches that hold the group means of what a mask takes away.
+"""SLoRB (AST, arXiv:2407.20584): trainable branches that hold the group means of what a mask takes away.
 
     new = start_slorb(model, masks, k=16, masters=masters)
     optimizer.add_param_group({"params": new, "pattern": None})
+    follow_masks(optimizer, model)                                  # as one likes; published is without
 
 y = x (mask * W)ᵀ + (x Xᵀ) Sᵀ: the branch adds what the optimizer does not prune, and lies apart from it when the model
 is saved (``models.branches``).
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from secateur.core.linalg import fit_change
 from secateur.core.low_rank import Branch, group_mean
 from secateur.errors import UsageError
-from secateur.models.branches import attach, carrier, matrix
+from secateur.models.branches import attach, attached, carrier, matrix
+from secateur.training import shards
+from secateur.training.held import State, held
+from secateur.training.optimizer import SparseAdamW
+from secateur.training.shards import local
 
 
 @torch.no_grad()
@@ -46,6 +54,38 @@ def start_slorb(
     for parameter in parameters:
         parameter.requires_grad_(True)
     return parameters
+
+
+def follow_masks(optimizer: SparseAdamW, model: nn.Module) -> None:
+    """From now on what a refresh of the masks takes away enters the branches beside them, and what comes back leaves.
+
+    S changes by Δ Xᵀ (X Xᵀ)⁻¹ with Δ = W where it was kept and is pruned now, -W the other way round: least squares on
+    the branch's X, for the X of the start the group means of Δ. ``optimizer`` has begun. Where processes share matrices
+    these are (out, in).
+    """
+    followed = [(model.get_submodule(name), branch) for name, branch in attached(model).items()]
+    before: list[Tensor] = []
+
+    def remember(*_: Any) -> None:
+        due = optimizer.schedule.refreshes(optimizer.param_groups[0]["step"] + 1)
+        before.extend(local(optimizer.state[linear.weight]["mask"]).clone() for linear, _ in followed if due)
+
+    def follow(*_: Any) -> None:
+        for (linear, branch), mask in zip(followed, before, strict=False):  # no masks, no refresh
+            _follow(optimizer.state, linear, branch, mask)
+        before.clear()
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(follow)
+
+
+@torch.no_grad()
+def _follow(states: Mapping[Tensor, State], linear: nn.Module, branch: Branch, before: Bool[Tensor, "..."]) -> None:
+    weight = linear.get_parameter("weight")
+    gone = held(weight, states[weight]).W * (before.float() - local(states[weight]["mask"]).float())
+    X, S = shards.whole(branch.X).float(), held(branch.S, states[branch.S]).W
+    S.add_(fit_change((gone.T if isinstance(linear, Conv1D) else gone) @ X.T, X @ X.T, damp=1e-6))
+    local(branch.S).copy_(S)
 
 
 def _started(name: str, W: Tensor | None, mask: Tensor, k: int) -> Branch:

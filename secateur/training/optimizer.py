@@ -175,19 +175,12 @@ class SparseAdamW(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Move all parameters that have a gradient; refresh masks when the schedule says so."""
+        """Move all parameters that have a gradient; refresh masks when the schedule says so, which goes on without."""
         with torch.enable_grad():
             loss = closure() if closure is not None else None
-        self._check_seen()
-        self._advance([(parameter, group) for parameter, group in self._all() if parameter.grad is not None])
-        return loss
-
-    @torch.no_grad()
-    def leave_out(self) -> None:
-        """A step whose gradient is not to be used: nothing moves, and the schedule goes on."""
-        self._advance([])
-
-    def _advance(self, moved: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        moved = [(parameter, group) for parameter, group in self._all() if parameter.grad is not None]
+        if moved:
+            self._check_seen()
         for group in self.param_groups:
             group["step"] += 1
         for parameter, group in moved:
@@ -197,6 +190,7 @@ class SparseAdamW(Optimizer):
         self._refresh(due)
         for parameter, group in dict([*moved, *due]).items():
             self._write(parameter, group)
+        return loss
 
     def _check_seen(self) -> None:
         tokens = [state["tokens"] for state in self.state.values() if "tokens" in state]

@@ -24,7 +24,7 @@ def two(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def flags(model_dir, text_file):
-    return ["train", model_dir, "--data", text_file, *SMALL, *EXACT, "--slorb", 8, "--json"]
+    return ["train", model_dir, "--data", text_file, *SMALL, *EXACT, "--slorb", 8, "--set", "slorb_follow=true", "--json"]
 
 
 def apart(one, other):

@@ -10,7 +10,7 @@ from secateur.core.sparse_adamw import Schedule
 from secateur.errors import ModelError, UsageError
 from secateur.models.branches import attached, detach, matrix
 from secateur.training import SparseAdamW
-from secateur.training.low_rank import start_slorb
+from secateur.training.low_rank import follow_masks, start_slorb
 
 IDS = torch.arange(32).view(2, 16)
 NAMES = ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"]
@@ -41,6 +41,37 @@ def test_x_can_stay_as_it_is(tiny_llama):
     tiny_llama(input_ids=IDS, labels=IDS).loss.backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in parameters)
     assert all(branch.X.grad is None for branch in attached(tiny_llama).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_branch_that_follows_its_mask_keeps_group_sums(tiny_llama, dtype):
+    """Of two groups that trade places, through master and mask, in the optimizer's own refresh."""
+    linear = tiny_llama.to(dtype).get_submodule(NAMES[0])
+    optimizer = SparseAdamW(
+        [{"params": [linear.weight], "pattern": NM(2, 4)}], lr=0.0, schedule=Schedule(10, refresh=2, freeze=1.0)
+    )
+    state = optimizer.state[linear.weight]
+    new = start_slorb(tiny_llama, {NAMES[0]: state["mask"]}, k=8, masters={NAMES[0]: state["master"]})
+    optimizer.add_param_group({"params": new, "pattern": None})
+    follow_masks(optimizer, tiny_llama)
+
+    def sums():
+        weight, branch = matrix(linear).float(), attached(tiny_llama)[NAMES[0]].product.float()
+        return (weight + branch).view(len(weight), -1, 8).sum(2)
+
+    state["master"][0, :4] = torch.tensor([0.5, 0.0, 0.25, 0.0])
+    optimizer.step()
+    optimizer.rewrite()
+    before, mask = sums(), state["mask"].clone()
+    state["master"][:, :32:4] *= 1e-3  # small now: pruned at the next refresh
+    optimizer.rewrite()
+    moved, kept = sums(), matrix(linear).clone()
+    optimizer.step()
+    assert not torch.equal(mask, state["mask"])
+    assert not torch.equal(kept, matrix(linear))
+    assert torch.allclose(sums(), moved, atol=1e-5 if dtype == torch.float32 else 2e-2)
+    assert not torch.allclose(before, moved, atol=2e-2)
 
 
 def test_a_conv1d_is_out_by_in_too():
