@@ -68,7 +68,9 @@ def follow_masks(optimizer: SparseAdamW, model: nn.Module) -> None:
 
     def remember(*_: Any) -> None:
         due = optimizer.schedule.refreshes(optimizer.param_groups[0]["step"] + 1)
-        before.extend(local(optimizer.state[linear.weight]["mask"]).clone() for linear, _ in followed if due)
+        before.extend(
+            local(optimizer.state[linear.get_parameter("weight")]["mask"]).clone() for linear, _ in followed if due
+        )
 
     def follow(*_: Any) -> None:
         for (linear, branch), mask in zip(followed, before, strict=False):  # no masks, no refresh
