@@ -22,7 +22,7 @@ from secateur.errors import DataError, UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-INSTALL = "pip install 'secateur[eval]'"
+INSTALL = "`pip install -e '.[eval]'` in the clone"
 Update = Callable[[int, int, str], None]
 
 

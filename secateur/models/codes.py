@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from secateur.errors import ModelError
 
 METHOD, PACKAGE = "compressed-tensors", "compressed_tensors"
-INSTALL = "pip install 'secateur[quantize]'"
+INSTALL = "`pip install -e '.[quantize]'` in the clone"
 
 
 def holds_codes(config: PretrainedConfig) -> bool:

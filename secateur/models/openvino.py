@@ -29,7 +29,7 @@ VERSION = 1
 """Of ``openvino_runtime.json``."""
 SPARSE_RATE = "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE"
 """OpenVINO's property: matrices with at least this share of zeros are kept without them, where the kernels exist."""
-INSTALL = "pip install 'secateur[openvino]'"
+INSTALL = "`pip install -e '.[openvino]'` in the clone"
 AGAIN = "export it again"
 PIECE = 1 << 22
 """Bytes that are checked at one time."""
@@ -45,7 +45,7 @@ def openvino() -> ModuleType:
     try:
         import openvino as package
     except ImportError as error:
-        raise DeviceError(f"openvino is not installed here ({error}); install it with `{INSTALL}`") from error
+        raise DeviceError(f"openvino is not installed here ({error}); install it with {INSTALL}") from error
     return package
 
 

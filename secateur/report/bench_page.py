@@ -77,7 +77,7 @@ def _milliseconds(spread: dict[str, float]) -> str:
 def refuse_no_plot() -> None:
     """UsageError before anything is measured that could not be drawn."""
     if find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib; install it with `pip install 'secateur[report]'`")
+        raise UsageError("--plot needs matplotlib; install it with `pip install -e '.[report]'` in the clone")
 
 
 def draw(told: dict[str, Any], path: Path) -> None:

@@ -465,7 +465,7 @@ def test_without_the_package(int4, run, dense, tmp_path, monkeypatch):
     ):
         ran = run(*words)
         assert ran.code == code
-        assert "pip install 'secateur[quantize]'" in ran.error
+        assert "pip install -e '.[quantize]'" in ran.error
 
 
 def test_from_python(dense, byte_tokenizer, tmp_path):

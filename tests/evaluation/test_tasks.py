@@ -120,7 +120,7 @@ def test_questions_that_are_not_there(model, byte_tokenizer, tmp_path):
 def test_without_lm_eval(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setattr(tasks, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install 'secateur\[eval\]'"):
+    with pytest.raises(UsageError, match=r"pip install -e '\.\[eval\]'"):
         tasks.check_tasks([])
 
 

@@ -20,7 +20,7 @@ from secateur.export.openvino import OpenVINOOptions, sparse_properties
 from secateur.models.openvino import PRECISE, RUNTIME, SPARSE_RATE, OpenVINOModel, crc32_of, lacks_amx
 from secateur.models.runners import Opened
 
-pytest.importorskip("openvino", reason="openvino is not installed: pip install 'secateur[openvino]'")
+pytest.importorskip("openvino", reason="openvino is not installed: pip install -e '.[openvino]'")
 
 from secateur.export.openvino_graph import convert
 
@@ -250,7 +250,7 @@ def test_what_bench_asks_of_a_graph(exported):
 
 def test_without_the_package(saved, options, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(DeviceError, match=r"not installed here .*pip install 'secateur\[openvino\]'"):
+    with pytest.raises(DeviceError, match=r"not installed here .*pip install -e '\.\[openvino\]'"):
         export_to(saved, "openvino", tmp_path / "out", options)
 
 
