@@ -28,7 +28,9 @@ def test_jsonl_documents_are_joined_by_a_blank_line(tmp_path):
 
 
 def test_parquet(tmp_path):
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["one", "two"], "id": [1, 2]}), path)
     assert read_texts(str(path), "calibration").documents == ["one", "two"]
@@ -127,7 +129,8 @@ def test_a_hub_collection_is_read_only_as_far_as_needed(monkeypatch):
 
 
 def test_hub_arguments(monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or [{"text": "a"}])
     read_texts("wikitext2", "calibration")
@@ -140,7 +143,7 @@ def test_hub_arguments(monkeypatch):
 
 
 def test_hub_failures_are_one_line(monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets
 
     def unreachable(*args, **kwargs):
         raise ConnectionError("Couldn't reach it\nsecond line")

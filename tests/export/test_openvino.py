@@ -210,14 +210,12 @@ def test_the_last_token_alone_is_the_same(exported):
 
 
 def test_the_tokenizer_as_a_graph(exported, byte_tokenizer):
-    pytest.importorskip("openvino_tokenizers")
     import openvino
+    import openvino_tokenizers
 
     out, told = exported
     assert told["tokenizer"] == "converted"
     encode = openvino.Core()
-    import openvino_tokenizers
-
     encode.add_extension(str(openvino_tokenizers._ext_path))
     text = "A (small) text."
     ids = encode.compile_model(out / "openvino_tokenizer.xml", "CPU")([text])["input_ids"]

@@ -102,7 +102,7 @@ def tiny_gguf(write_gguf, tmp_path_factory):
 @pytest.fixture(scope="session")
 def write_gguf():
     """``write_gguf(path, lacking="...")``: that model, without tensors whose name begins so."""
-    gguf = pytest.importorskip("gguf")
+    import gguf
 
     def write(path, lacking="nothing"):
         tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he"]
