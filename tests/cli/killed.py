@@ -1,6 +1,6 @@
-"""Runs `secateur prune ... --resume` again and again and kills it with SIGKILL at random moments.
+"""Runs `secateur VERB ... --resume` again and again and kills it with SIGKILL at random moments.
 
-    python killed.py KILLS SEED OUT prune-arguments...        prints the number of kills and of blocks that were resumed
+    python killed.py KILLS SEED OUT VERB arguments...        prints the number of kills and of runs that finished
 
 Every attempt is a fork of this process, which has imported everything and started no thread, so that an attempt costs
 about a second. An attempt that ends before its kill is due has finished the run: OUT is moved aside and begun again.
@@ -36,8 +36,8 @@ def attempt(arguments: list[str], limit: float) -> int | None:
     return None
 
 
-def run(kills: int, seed: int, out: str, flags: list[str]) -> None:
-    arguments = ["prune", *flags, "--out", out, "--resume"]
+def run(kills: int, seed: int, out: str, command: list[str]) -> None:
+    arguments = [*command, "--out", out, "--resume"]
     moments = random.Random(seed)
     start = time.monotonic()
     if code := attempt([*arguments[:-2], out + ".first"], 600):

@@ -16,6 +16,7 @@ from secateur.errors import ModelError
 
 DRIVER = Path(__file__).parent / "limited.py"
 TINY = ["--sparsity", "0.6", "--samples", "4", "--seq-len", "64"]
+TRAINING = ["--tokens", 1024, "--seq-len", 32, "--batch", 4, "--set", "holdout=4", "--set", "checkpoint=2"]
 
 
 def limited(limit: str, values: list[int], *arguments: object) -> list[dict]:
@@ -90,16 +91,23 @@ def disk(tmp_path):
         subprocess.run(["umount", place], check=True)
 
 
-def test_the_disk_is_full(run, model_dir, text_file, files, whole, disk):
-    flags = ["prune", model_dir, *TINY, "--data", text_file, "--resume"]
-    for pages in (1, 8, 24, 40):
+FULL = {"prune": ((1, 8, 24, 40), TINY), "train": ((1, 60, 100, 160), TRAINING)}
+"""Pages of the disks on which a run fails, one after the other; the two last ones hold one state of a training."""
+
+
+@pytest.mark.parametrize("verb", FULL)
+def test_the_disk_is_full(verb, run, one_thread, model_dir, text_file, files, disk, tmp_path):
+    sizes, more = FULL[verb]
+    flags = [verb, model_dir, *more, "--data", text_file]
+    assert run(*flags, "--out", tmp_path / "whole").code == 0
+    for pages in sizes:
         place = disk(4096 * pages)
-        ran = run(*flags, "--out", place / "out")
+        ran = run(*flags, "--resume", "--out", place / "out")
         check_line(vars(ran), "No space left", "free space")
         assert not (place / "out").exists()
     place = disk(1 << 24)
-    assert run(*flags, "--out", place / "out").code == 0
-    assert files(place / "out") == whole
+    assert run(*flags, "--resume", "--out", place / "out").code == 0
+    assert files(place / "out") == files(tmp_path / "whole")
     assert [path.name for path in place.iterdir()] == ["out"]
 
 

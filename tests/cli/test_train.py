@@ -81,7 +81,8 @@ WAYS = {
         *("--set", "metric=fisher", "--set", "ramp=cosine", "--set", "refresh=4"),
     ],
     "lora": ["--method", "fixed", "--lora", 4, "--set", "gradient_checkpointing=true"],
-    "slorb": ["--slorb", 8, "--set", "slorb_follow=true", "--set", "slorb_train_X=false"],
+    "slorb": ["--slorb", 8],
+    "slorb that follows": ["--slorb", 8, "--set", "slorb_follow=true", "--set", "slorb_train_X=false"],
     "wanda": ["--set", "metric=wanda", "--set", "gradient_checkpointing=true"],
     "global": ["--pattern", "global", "--sparsity", 0.6, "--set", "sparsify=0.5"],
 }
