@@ -1,7 +1,7 @@
 """``many.py PROCESSES DEATH arguments...``: the command in several processes, as torchrun would start them.
 
 They are forks of this process, which has imported everything: a second instead of ten. DEATH is "none", or
-"RANK:BLOCK": that process is killed once it has finished so many blocks. When one fails the others are terminated.
+"RANK:N": that process is killed once it has finished N blocks, or steps. When one fails the others are terminated.
 """
 
 import os
@@ -14,17 +14,23 @@ import torch
 import secateur.api  # noqa: F401  (imported before forking)
 import secateur.pruning.workdir as workdir
 from secateur.cli import main
+from secateur.training.loop import Loop
 
 
-def die_after(block: int) -> None:
-    keep = workdir.Workdir.keep
+def die_after(number: int) -> None:
+    keep, step = workdir.Workdir.keep, Loop._step
 
     def keep_and_die(self, adapter, plan, finished):
         keep(self, adapter, plan, finished)
-        if finished.record.index + 1 == block:
+        if finished.record.index + 1 == number:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    workdir.Workdir.keep = keep_and_die
+    def step_or_die(self):
+        if self.step == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self)
+
+    workdir.Workdir.keep, Loop._step = keep_and_die, step_or_die
 
 
 def process(rank: int, size: int, port: int, death: str, arguments: list[str]) -> int:

@@ -16,9 +16,9 @@ DRIVER = Path(__file__).parent / "many.py"
 WAYS = {"DDP": [], "FSDP2": ["--set", "shard=true"]}
 
 
-def two(*arguments: object) -> subprocess.CompletedProcess[str]:
+def two(*arguments: object, death: str = "none") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    command = [sys.executable, DRIVER, "2", "none", *map(str, arguments)]
+    command = [sys.executable, DRIVER, "2", death, *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
@@ -74,6 +74,18 @@ def test_two_go_on_where_one_was_killed(flags, run, killed_at, tmp_path):
     ran = two(*flags, "--out", out, "--resume")
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert json.loads(ran.stdout)["resumed_after_steps"] == 6
+    assert run(*flags, "--out", tmp_path / "one").code == 0
+    assert apart(tmp_path / "one", out)[0] < 1e-3
+
+
+def test_one_goes_on_where_two_were_killed(flags, run, tmp_path):
+    out = tmp_path / "out"
+    died = two(*flags, "--out", out, death="1:7")
+    assert died.returncode != 0
+    assert not out.exists()
+    ran = run(*flags, "--out", out, "--resume")
+    assert ran.code == 0, ran.err
+    assert ran.json["resumed_after_steps"] == 6
     assert run(*flags, "--out", tmp_path / "one").code == 0
     assert apart(tmp_path / "one", out)[0] < 1e-3
 
