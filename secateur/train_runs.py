@@ -61,6 +61,8 @@ MACHINE = ("checkpoint", "tracker")
 """Keys of a recipe that change how a machine is used and not one byte of the result."""
 DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 """What accelerate may do with several processes: start them, and wrap the model in DDP."""
+LAUNCH = Path(__file__).parent / "training" / "gpus.yaml"
+"""The config for accelerate's launcher that does so."""
 
 
 @dataclass(frozen=True)
@@ -325,5 +327,5 @@ def _check_launch(accelerator: Accelerator, config: TrainConfig) -> None:
     if accelerator.distributed_type not in DISTRIBUTED:
         raise UsageError(
             f"accelerate was told to use {accelerator.distributed_type.value}; it would replace the optimizer's "
-            "parameters: launch with docs/accelerate/gpus.yaml, or torchrun, and --set shard=true"
+            f"parameters: launch with --config_file {LAUNCH}, or torchrun, and --set shard=true"
         )

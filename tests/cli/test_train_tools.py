@@ -2,15 +2,16 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
-CONFIG = Path(__file__).parents[2] / "docs" / "accelerate" / "gpus.yaml"
+from secateur.train_runs import LAUNCH
+
 FLAGS = ["--tokens", 1024, "--seq-len", 32, "--batch", 4, "--micro-batch", 2, "--lr", 1e-2, "--set", "holdout=4"]
 """8 steps."""
 
@@ -84,14 +85,14 @@ def test_accelerates_own_sharding_is_refused():
     from secateur.train_runs import _check_launch
 
     told = SimpleNamespace(num_processes=2, distributed_type=DistributedType.FSDP)
-    with pytest.raises(UsageError, match=r"accelerate was told to use FSDP; .*gpus\.yaml.*shard=true"):
+    with pytest.raises(UsageError, match=rf"accelerate was told to use FSDP; .*{re.escape(str(LAUNCH))}.*shard=true"):
         _check_launch(told, TrainConfig(tokens=10_000))
 
 
 def test_the_shipped_config_has_no_keys_that_accelerate_does_not_know():
     from accelerate.commands.config.config_args import load_config_from_file
 
-    ours, known = yaml.safe_load(CONFIG.read_text(encoding="utf-8")), load_config_from_file(str(CONFIG)).to_dict()
+    ours, known = yaml.safe_load(LAUNCH.read_text(encoding="utf-8")), load_config_from_file(str(LAUNCH)).to_dict()
     assert {key: known[key] for key in ours} == ours
 
 
@@ -101,7 +102,7 @@ def test_accelerate_launches_the_command(more, run, sharp_dir, text_file, tmp_pa
     """The config for GPUs, whose launcher starts processes on any machine."""
     out = tmp_path / "out"
     arguments = ["train", sharp_dir, "--data", text_file, *FLAGS, *more, "--device", "cpu", "--out", out, "--json"]
-    launch = ["-m", "accelerate.commands.launch", "--config_file", CONFIG, "--num_processes", 2, "-m", "secateur"]
+    launch = ["-m", "accelerate.commands.launch", "--config_file", LAUNCH, "--num_processes", 2, "-m", "secateur"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     command = [sys.executable, *map(str, launch + arguments)]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
