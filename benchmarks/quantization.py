@@ -158,6 +158,8 @@ def plot() -> None:
     rows = finished()
     for pattern in PATTERNS:
         own = sorted((bits(row), row["wikitext2"]["ppl"], key) for key, row in rows.items() if key.startswith(pattern))
+        if not own:
+            continue
         axes.plot([x for x, _, _ in own], [y for _, y, _ in own], "o-" if pattern == "dense" else "o", label=pattern)
         for x, y, key in own:
             axes.annotate(key.split(" | ")[1], (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
