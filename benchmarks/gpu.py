@@ -25,7 +25,7 @@ from secateur.models.sparse24_loader import INT8, Codes, forms_here, measured, t
 from secateur.pruning.oneshot import RunOptions, prune_blocks
 from secateur.pruning.selection import select
 
-LLAMAS: dict[str, dict[str, int]] = {
+LLAMAS: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2},
     "1B": {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4},
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32},

@@ -24,14 +24,14 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "out" / "peers"
 LOG = HERE / "out" / "peers.jsonl"
 PEER_VENV = HERE / ".peers-venv"
 PEER_PACKAGES = ("torch==2.13.0", "llmcompressor==0.14.0.1")
-CONTESTANTS = {  # name -> (runner, precision of products)
+CONTESTANTS: dict[str, tuple[str, Literal["float32", "bfloat16"]]] = {  # name -> (runner, precision of products)
     "secateur": ("ours", "float32"),
     "secateur-bf16": ("ours", "bfloat16"),
     "llm-compressor": ("theirs", "float32"),
@@ -227,8 +227,11 @@ def theirs(args: argparse.Namespace) -> None:
 
     import numpy
     from datasets import Dataset
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+    from llmcompressor import oneshot  # pyright: ignore[reportMissingImports]  (in an environment of its own)
+    from llmcompressor.modifiers.pruning import (  # pyright: ignore[reportMissingImports]
+        SparseGPTModifier,
+        WandaPruningModifier,
+    )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     ids = numpy.load(rows_file(args)).tolist()

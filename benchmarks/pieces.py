@@ -150,7 +150,7 @@ def chaos() -> Lines:
         for noise in NOISE:
             model = copy.deepcopy(dense.model)
             with torch.no_grad():
-                embedding = model.get_input_embeddings().weight
+                embedding: Any = model.get_input_embeddings().weight
                 embedding *= 1 + noise * torch.randn(embedding.shape, generator=torch.Generator().manual_seed(0))
             config = PruneConfig(BY_NAME[method], 0.7, samples=2, seq_len=512)
             prune(model, config, data=str(CALIBRATION), tokenizer=dense.tokenizer)

@@ -266,8 +266,8 @@ def cell(done: dict, base: dict | None, method: str, pattern: str, text: str) ->
     shown = f"{values[0]:.1f}" if values[0] < 1e4 else f"{values[0]:.1e}"
     if len(values) > 1:
         shown = f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} ({len(values)} seeds)"
-    peers = {seed: row_of(done, "sparsegpt", pattern, seed) for seed in rows}
-    shares = [gap(row, base, text) / gap(peers[seed], base, text) for seed, row in rows.items() if base and peers[seed]]
+    pairs = [(row, peer) for seed, row in rows.items() if (peer := row_of(done, "sparsegpt", pattern, seed))]
+    shares = [gap(row, base, text) / gap(peer, base, text) for row, peer in pairs if base]
     if method != "sparsegpt" and shares:
         shown += f" · {statistics.mean(shares):.2f}"
     return shown

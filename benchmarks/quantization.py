@@ -71,14 +71,12 @@ def pruned(pattern: str) -> Path:
 
 def dense() -> Path:
     """The dense model as a directory in bfloat16."""
-    import torch
-
     from secateur.models.load import load
 
     place = OUT / "dense"
     if not (place / "config.json").exists():
         loaded = load("demo")
-        loaded.model.to(torch.bfloat16).save_pretrained(place)
+        loaded.model.bfloat16().save_pretrained(place)
         loaded.tokenizer.save_pretrained(place)
     return place
 

@@ -60,6 +60,10 @@ def losses(W0: Tensor, H: Tensor, scheme: Scheme, zeros: bool, twos: bool) -> di
     return {name: relative_error(W, new, H) for name, new in made.items()}
 
 
+def adding(gram: Gram) -> Callable[..., None]:
+    return lambda _, args: gram.update(args[0])
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -81,7 +85,7 @@ def main() -> None:
     }
     for name, linear in linears.items():
         grams[name] = Gram.zeros(adapter.shape(linear)[1])
-        linear.register_forward_pre_hook(lambda _, args, name=name: grams[name].update(args[0]))
+        linear.register_forward_pre_hook(adding(grams[name]))
     for row in windows:
         loaded.model(row[None])
     for scheme in SCHEMES:

@@ -25,7 +25,7 @@ LLAMA: dict[str, Any] = {
     "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
     "num_key_value_heads": 4, "max_position_embeddings": 2048, "tie_word_embeddings": True,
 }  # fmt: skip
-TEXT: dict[str, dict[str, int]] = {
+TEXT: dict[str, dict[str, Any]] = {
     "smollm2": {"samples": 16, "held_out": 8, "seq_len": 256},
     "llama-1b": {"samples": 4, "held_out": 1, "seq_len": 128},
 }

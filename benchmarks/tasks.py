@@ -35,7 +35,7 @@ def task(name: str, manager: TaskManager) -> dict[str, Any]:
     files = {"data_files": {"test": str(DATA / FILES[name])}}
     place = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": files}
     splits = {"training_split": None, "validation_split": None, "test_split": "test"}
-    return load_yaml(manager.task_index[name].yaml_path) | place | splits
+    return load_yaml(str(manager.task_index[name].yaml_path)) | place | splits
 
 
 def main() -> None:
