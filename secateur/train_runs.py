@@ -57,8 +57,8 @@ from secateur.training.outcome import Outset, outset, warnings
 from secateur.training.tracking import checked as checked_tracker
 from secateur.training.tracking import tracked
 
-MACHINE = ("checkpoint", "tracker")
-"""Keys of a recipe that change how a machine is used and not one byte of the result."""
+MACHINE = ("checkpoint", "tracker", "shard")
+"""Keys of a recipe that change how machines are used, and the result by no more than the number of processes does."""
 DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 """What accelerate may do with several processes: start them, and wrap the model in DDP."""
 LAUNCH = Path(__file__).parent / "training" / "gpus.yaml"

@@ -78,9 +78,10 @@ def test_two_go_on_where_one_was_killed(flags, run, killed_at, tmp_path):
     assert apart(tmp_path / "one", out)[0] < 1e-3
 
 
-def test_one_goes_on_where_two_were_killed(flags, run, tmp_path):
+@pytest.mark.parametrize("way", WAYS)
+def test_one_goes_on_where_two_were_killed(way, flags, run, tmp_path):
     out = tmp_path / "out"
-    died = two(*flags, "--out", out, death="1:7")
+    died = two(*flags, *WAYS[way], "--out", out, death="1:7")
     assert died.returncode != 0
     assert not out.exists()
     ran = run(*flags, "--out", out, "--resume")
