@@ -55,12 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return cli.main(args=args, prog_name="secateur", standalone_mode=False) or 0
     except (KeyboardInterrupt, click.Abort) as stop:
-        return _fail(*_stopped(stop))
+        said, code = _stopped(stop)
     except Exception as error:
         if "--debug" in args:
             traceback.print_exc()
         said, code = _told(error)
-        return _fail("; ".join([said, *getattr(error, "__notes__", ())]), code)
+        said = "; ".join([said, *getattr(error, "__notes__", ())])
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends; torchrun stops those that still do
+    return _fail(said, code)
 
 
 class _TerminatedError(KeyboardInterrupt):
