@@ -41,17 +41,23 @@ def locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def admit(path: Path, run: Mapping[str, Any], *, resume: bool, kept: str) -> None:
-    """Note in a directory which run works in it. ``kept``: what an earlier one left there, "" for nothing.
+def admit(path: Path, run: Mapping[str, Any], *, resume: bool, kept: Callable[[], str]) -> None:
+    """Note in a directory which run works in it. ``kept``: what an earlier one of this command left, "" for nothing.
 
     UsageError where something is left and ``resume`` was not asked for, and where it is a run of something else: the
-    keys that differ are named.
+    keys that differ are named, or that it is another command, whose state nobody here can read.
     """
     run = json.loads(json.dumps(run))  # as it will be read back: tuples become lists
-    if kept:
-        if not resume:
-            raise UsageError(f"{path} holds an unfinished run of {kept}; go on with --resume, or delete it first")
-        if differ := differences(json.loads((path / RUN).read_text(encoding="utf-8")), run):
+    if (path / RUN).exists():
+        then = json.loads((path / RUN).read_text(encoding="utf-8"))
+        if then.keys() != run.keys():
+            raise UsageError(
+                f"{path} holds an unfinished run of another command (of {', '.join(then)}, and this one is of "
+                f"{', '.join(run)}); go on with that one, delete it, or choose another --out"
+            )
+        if (left := kept()) and not resume:
+            raise UsageError(f"{path} holds an unfinished run of {left}; go on with --resume, or delete it first")
+        if left and (differ := differences(then, run)):
             raise UsageError(
                 f"{path} is a run of something else: {'; '.join(differ)}; repeat that request, or delete it"
             )

@@ -156,7 +156,7 @@ def opened(out: Path, run: Mapping[str, Any], *, resume: bool, ranks: Ranks = AL
         return
     work.path.mkdir(parents=True, exist_ok=True)
     with locked(work.path):
-        admit(work.path, run, resume=resume, kept=f"{work.kept} blocks" if work.kept else "")
+        admit(work.path, run, resume=resume, kept=lambda: f"{work.kept} blocks" if work.kept else "")
         for folder in ("blocks", "hidden"):
             (work.path / folder).mkdir(exist_ok=True)
         ranks.each(0)

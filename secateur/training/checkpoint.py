@@ -143,7 +143,7 @@ def opened(out: Path, run: Mapping[str, Any], *, resume: bool) -> Iterator[Check
         return
     work.path.mkdir(parents=True, exist_ok=True)
     with locked(work.path):
-        admit(work.path, run, resume=resume, kept=f"{work.kept} steps" if work.kept else "")
+        admit(work.path, run, resume=resume, kept=lambda: f"{work.kept} steps" if work.kept else "")
         shards.wait()
         try:
             yield work

@@ -92,6 +92,25 @@ def test_a_changed_request_is_refused_with_the_keys_that_differ(change, said, un
     assert "repeat that request, or delete it" in ran.error
 
 
+@pytest.mark.parametrize("resume", [[], ["--resume"]], ids=["anew", "resumed"])
+@pytest.mark.parametrize("first", ["prune", "train"])
+def test_what_another_command_left_is_not_touched(
+    first, resume, request, run, killed_at, model_dir, text_file, tmp_path
+):
+    train = ["train", model_dir, "--data", text_file, *("--tokens", 384, "--seq-len", 32, "--batch", 4)]
+    train += [*("--micro-batch", 2), *("--set", "holdout=2", "--set", "checkpoint=1"), "--out", tmp_path / "out"]
+    prune = ["prune", model_dir, "--sparsity", 0.6, "--data", text_file, *SMALL, "--out", tmp_path / "out"]
+    if first == "prune":
+        request.getfixturevalue("unfinished")
+    else:
+        killed_at(2, *train)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.unfinished").rglob("*.*")}
+    ran = run(*(train if first == "prune" else prune), *resume)
+    assert ran.code == 2, ran.err
+    assert "holds an unfinished run of another command" in ran.error
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+
+
 def test_two_runs_never_work_in_one_directory(unfinished, run, model_dir):
     from filelock import FileLock
 
