@@ -15,15 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import torch
-
 from secateur.config import Device, Dtype, PruneConfig
 from secateur.data.sources import Texts, read_texts
 from secateur.errors import UsageError
 from secateur.evaluation.perplexity import PerplexityResult, evaluate_text
 from secateur.evaluation.tasks import Score, ScorePair, check_tasks, scores, task_list
 from secateur.models.load import Loaded, load
-from secateur.models.offload import is_offloaded
+from secateur.models.offload import moved
 from secateur.models.save import refuse_occupied
 from secateur.pruning.ranks import launched
 from secateur.report.artefact import finished_report
@@ -224,12 +222,8 @@ def _opened(
     """A model on its device; one that was given as an object goes back to where it was."""
     place = resolve_device(device)
     loaded = open_model(which, tokenizer, dtype, watch, codes=True)
-    home, movable = loaded.model.device, not is_offloaded(loaded.model)
-    if movable:
-        torch.nn.Module.to(loaded.model, place)
-    yield loaded
-    if movable:
-        torch.nn.Module.to(loaded.model, home)
+    with moved(loaded.model, place):
+        yield loaded
 
 
 def _perplexity(

@@ -28,6 +28,7 @@ from secateur.models.adapter import DecoderAdapter
 from secateur.models.branches import attached
 from secateur.models.grids import check_carriers, divisions, note_input
 from secateur.models.load import Loaded
+from secateur.models.offload import moved
 from secateur.models.save import clear_leftovers, staged
 from secateur.pruning.oneshot import Beside, BlockRecord, RunOptions, prune_blocks
 from secateur.pruning.selection import Selection
@@ -100,7 +101,7 @@ class QuantizeRun:
         settled = _settled(config, loaded, device, len(adapter.blocks), selection.plan)
         scheme = settled.scheme(settled.group_size, _scales(loaded.model.dtype))
         _check_widths(selection.plan, scheme)
-        kept = {name: to_bits((linear.weight != 0).flatten()) for name, linear in linears.items()}
+        kept = {name: to_bits((linear.weight != 0).flatten()).cpu() for name, linear in linears.items()}
         if config.method != "joint":
             plan = Plan(dict(_as_it_is(selection.plan, linears, loaded.source)))
             selection = replace(selection, plan=plan)
@@ -127,7 +128,7 @@ class QuantizeRun:
 
     def into(self, out: Path, resume: bool) -> Result[BlockRecord]:
         """Quantize, save, open what was saved again, check it; all or nothing at ``out``."""
-        with opened(out, self.identity, resume=resume) as work:
+        with moved(self.loaded.model, "cpu"), opened(out, self.identity, resume=resume) as work:
             with self.watch.stage("verify", "compare a replay of the blocks with the model"):
                 self.adapter.verify(self.windows[:1, :VERIFY_TOKENS])
             before = work.kept

@@ -23,7 +23,7 @@ from secateur.evaluation.inspect import Inspection, inspect
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.branches import attached, refuse_branches
 from secateur.models.load import Loaded, fingerprint, load
-from secateur.models.offload import is_offloaded
+from secateur.models.offload import is_offloaded, moved
 from secateur.models.save import clear_leftovers, save, staged
 from secateur.pruning.hidden import Budget
 from secateur.pruning.low_rank import check_ranks
@@ -134,14 +134,15 @@ class Run:
             raise UsageError(
                 "a model whose blocks stay on disk needs an OUT to be pruned to; give one, or offload='off'"
             )
-        self.verify()
-        budget = Budget()
-        records = self.blocks(budget)
+        with moved(self.loaded.model, "cpu"):
+            self.verify()
+            budget = Budget()
+            records = self.blocks(budget)
         return Result(self.loaded.model, self.loaded.tokenizer, records, self.report(records, budget))
 
     def into(self, out: Path, resume: bool) -> Result[BlockRecord]:
         """Prune, save, open what was saved again, check it; all or nothing at ``out``."""
-        with opened(out, self.identity, resume=resume, ranks=self.ranks) as work:
+        with moved(self.loaded.model, "cpu"), opened(out, self.identity, resume=resume, ranks=self.ranks) as work:
             self.verify()
             before = work.kept
             budget = work.budget(int(self.config.hidden_memory * 1e9))

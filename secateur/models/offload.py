@@ -21,7 +21,7 @@ from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from accelerate.utils import OffloadedWeightsLoader, set_module_tensor_to_device
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from secateur.errors import ModelError, UsageError
 
@@ -119,6 +119,20 @@ def at_hand(block: nn.Module) -> Iterator[None]:
     finally:
         for module, hook in hooks.items():
             add_hook_to_module(module, hook)
+
+
+@contextmanager
+def moved(model: PreTrainedModel, device: str) -> Iterator[None]:
+    """Inside, the model is on this device; afterwards where it was. One whose blocks stay on disk is left alone."""
+    if is_offloaded(model):
+        yield
+        return
+    home = model.device
+    nn.Module.to(model, device)
+    try:
+        yield
+    finally:
+        nn.Module.to(model, home)
 
 
 def relocate(model: nn.Module, file: Path, stored: Mapping[str, str]) -> None:

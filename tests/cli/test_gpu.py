@@ -11,6 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import secateur
+from secateur.core.solvers import Wanda
+
 PRETENDED = "SECATEUR_PRETENDED_GPU" in os.environ
 pytestmark = pytest.mark.gpu
 
@@ -132,6 +135,44 @@ def test_train(flags, run, sharp_dir, text_file, tmp_path):
     assert gpu["held_out"]["after"]["divergence"] == pytest.approx(cpu["held_out"]["after"]["divergence"], rel=0.01)
     same(*saved(tmp_path))
     assert run("inspect", tmp_path / "cuda").code == 0
+
+
+@pytest.fixture
+def there(sharp_dir):
+    """A model on the device, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(sharp_dir).to("cuda"), AutoTokenizer.from_pretrained(sharp_dir)
+
+
+@pytest.mark.parametrize("verb", ["prune in memory", "prune", "quantize"])
+def test_a_model_that_is_there_already_stays_there(verb, there, text_file, tmp_path):
+    model, tokenizer = there
+    home, before = model.device, model.model.layers[0].mlp.down_proj.weight.detach().clone()
+    common = {"data": str(text_file), "samples": 4, "seq_len": 32, "device": "cuda"}
+    if verb == "quantize":
+        config = secateur.QuantizeConfig(method="rtn", **common)
+        changed = secateur.quantize(model, config, out=tmp_path / "out", tokenizer=tokenizer)
+    else:
+        config = secateur.PruneConfig(Wanda(), pattern="2:4", **common)
+        changed = secateur.prune(model, config, out=tmp_path / "out" if verb == "prune" else None, tokenizer=tokenizer)
+    assert changed.model is model
+    assert {parameter.device for parameter in model.parameters()} == {home}
+    assert not torch.equal(model.model.layers[0].mlp.down_proj.weight, before)
+
+
+def test_a_model_comes_back_from_an_evaluation_that_fails(there, text_file, monkeypatch):
+    from secateur import api
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(api, "_perplexity", fail)
+    model, tokenizer = there
+    home = model.device
+    with pytest.raises(RuntimeError, match="out of memory"):
+        secateur.evaluate(model, str(text_file), tokenizer=tokenizer, device="cpu")
+    assert model.device == home
 
 
 def test_evaluate(run, sharp_dir, text_file):
