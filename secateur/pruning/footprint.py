@@ -3,7 +3,8 @@
 The hidden states are counted as the code holds them, all rows finite. Layer by layer: inputs and outputs of the block.
 Closed mode: inputs, dense outputs, inputs and targets of the FFN; or before that inputs, dense outputs and what enters
 the output projection, where that is wider. Paper mode: inputs, inputs and targets of the FFN, and on the device, two
-generations at a time, z and s of every token.
+generations at a time, z and s of every token; the Gram matrices and the dense FFNs of all experts at one time, which
+closed mode has of one.
 
 T = calibration tokens, D = hidden size, K = inner size of the FFN, R = out_features, C = in_features.
 """
@@ -70,7 +71,6 @@ def footprint(shape: BlockShape, method: Solver | SparseLLM, run: Run, itemsize:
     mode, solver = mode_of(method), method.inner if isinstance(method, SparseLLM) else method
     if method.needs == "nothing" and not low_rank:
         run = run._replace(samples=1, seq_len=min(run.seq_len, PROBE_TOKENS))
-    ffn = max((first.size + down.size for first, down in ffns(shape)), default=0)
     rounds = isinstance(method, SparseLLM) and (mode == "closed" or method.iterations > 1)
     carries = mode == "paper" and rounds and shape.first
     return Footprint(
@@ -79,17 +79,25 @@ def footprint(shape: BlockShape, method: Solver | SparseLLM, run: Run, itemsize:
         carried=2 * FLOAT32 * run.tokens * shape.first.rows if carries and shape.first else 0.0,
         block=shape.size * itemsize,
         dense=shape.size * itemsize if low_rank else 0.0,
-        copies=FFN_COPIES[mode] * FLOAT32 * ffn if rounds else 0.0,
-        moments=moments(shape, solver, mode),
+        copies=copies(shape, mode) if rounds else 0.0,
+        moments=moments(shape, solver, mode if rounds else "layerwise"),
         solve=max((solve_bytes(solver, group) for group in shape.matrices if group.planned), default=0.0),
         chunk=chunk_bytes(shape, run, mode),
     )
 
 
-def ffns(shape: BlockShape) -> list[tuple[Shared, Shared]]:
-    """(First, down) of the FFN that sees every token, and of one expert of each kind."""
-    own = [(shape.first, shape.down)] if shape.first and shape.down else []
-    return own + [routed.groups for routed in shape.experts]
+def ffns(shape: BlockShape) -> list[tuple[Shared, Shared, int]]:
+    """(First, down, how many) of the FFN that sees every token, and of the experts of each kind."""
+    own = [(shape.first, shape.down, 1)] if shape.first and shape.down else []
+    return own + [(routed.first, routed.down, routed.count) for routed in shape.experts]
+
+
+def copies(shape: BlockShape, mode: str) -> float:
+    """Of the largest FFN; paper mode reads the dense matrices of all before it prunes any."""
+    sizes = [(first.size + down.size, count) for first, down, count in ffns(shape)]
+    largest = max((size for size, _ in sizes), default=0)
+    others = sum(size * count for size, count in sizes) - largest if mode == "paper" else 0
+    return FLOAT32 * (FFN_COPIES[mode] * largest + others)
 
 
 def waiting(shape: BlockShape, mode: str, rounds: bool) -> float:
@@ -101,15 +109,14 @@ def waiting(shape: BlockShape, mode: str, rounds: bool) -> float:
 
 
 def moments(shape: BlockShape, solver: Solver, mode: str) -> float:
-    """Sums of all planned groups at one time; of the FFN alone, with its cross moments, where that is more."""
+    """Sums of all planned groups at one time; of one FFN, with its cross moments. Paper mode has first these, then
+    those."""
     planned = [group.columns for group in shape.groups if group.planned]
     planned += [g.columns for routed in shape.experts for g in routed.groups if g.planned for _ in range(routed.count)]
-    if mode == "layerwise":
-        sizes = {"gram": sum(C * C for C in planned), "diag": sum(planned), "nothing": 0}
-        return FLOAT32 * sizes[solver.needs]
-    if not ffns(shape):
-        return FLOAT32 * sum(C * C for C in planned)
-    return FLOAT32 * max(first.columns**2 + down.columns**2 + down.size + first.size for first, down in ffns(shape))
+    every = {"gram": sum(C * C for C in planned), "diag": sum(planned), "nothing": 0}[solver.needs]
+    sizes = [first.columns**2 + down.columns**2 + down.size + first.size for first, down, _ in ffns(shape)]
+    ffn = max(sizes, default=0)
+    return FLOAT32 * {"layerwise": every, "closed": ffn or every, "paper": max(every, ffn)}[mode]
 
 
 def solve_bytes(solver: Solver, group: Shared) -> float:

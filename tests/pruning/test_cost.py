@@ -11,6 +11,7 @@ from secateur.core.pattern import NM, Block, Unstructured
 from secateur.core.solvers import ADMM, Magnitude, SparseGPT, Wanda
 from secateur.core.sparsellm import SparseLLM
 from secateur.models.adapter import DecoderAdapter
+from secateur.pruning import layerwise, paper
 from secateur.pruning.cost import Cost, admm, fit, forward, gram, measured_error, observe, sparsegpt
 from secateur.pruning.cost_sparsellm import block_stages
 from secateur.pruning.footprint import footprint
@@ -178,6 +179,38 @@ def test_what_waits_is_foreseen(method, head):
         (Shared(2 * width, 32, 2 * width),), Shared(32, width, 32), Shared(96, 32, 96), Shared(32, 48, 32)
     )
     assert budget.peak_used == footprint(shape, METHODS[method], Run(16, 64, 1, rounded=False), 4).hidden
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_what_paper_mode_holds_of_all_experts_is_foreseen(family, iterations, moe, monkeypatch):
+    """Gram matrices of a pass over the block, and the dense matrices that are read before it."""
+    method, held = SparseLLM(mode="paper", inner=SparseGPT(), iterations=iterations), {"grams": 0, "dense": 0}
+
+    def noted(name, function, size):
+        def call(*args):
+            made = function(*args)
+            held[name] += 4 * size(made)
+            return made
+
+        return call
+
+    monkeypatch.setattr(layerwise, "accumulator", noted("grams", layerwise.accumulator, lambda gram: gram.sum.numel()))
+    monkeypatch.setattr(
+        paper, "ffn_view", noted("dense", paper.ffn_view, lambda ffn: sum(m.W.numel() for m in ffn[:3] if m))
+    )
+    monkeypatch.setattr(paper, "rounds", lambda work, form, *_: None)
+    monkeypatch.setattr(paper, "rounds_of", lambda *_: ())
+    adapter = DecoderAdapter(moe(family, experts_implementation="eager"))
+    rows = torch.randint(64, (16, 64), generator=torch.Generator().manual_seed(0))
+    list(prune_blocks(adapter, rows, select(adapter, Unstructured(0.5), range(1)).plan, method, RunOptions()))
+    shared = (Shared(80, 32, 80), Shared(32, 40, 32)) if family == "qwen2_moe" else (None, None)
+    experts = Routed(Shared(48, 32, 48), Shared(32, 24, 32), 6, share=2 / 6)
+    shape = BlockShape((Shared(64, 32, 64),), Shared(32, 32, 32), *shared, (experts,))
+    foreseen = footprint(shape, method, Run(16, 64, 1, rounded=False), 4)
+    largest = 4 * (shared[0].size + shared[1].size if shared[0] else 48 * 32 + 32 * 24)
+    assert foreseen.moments == held["grams"]
+    assert foreseen.copies == (held["dense"] + 2 * largest if iterations > 1 else 0)
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4), Block(0.5, 3, 5)], ids=str)
