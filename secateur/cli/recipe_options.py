@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from secateur.cli.options import DATA_HELP, debug_option, device_option, dtype_option, json_option
+from secateur.cli.options import DATA_HELP, debug_option, device_option, dtype_option, json_option, resume_option
 from secateur.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -60,7 +60,7 @@ prune_options = group(
 """They become one PruneConfig."""
 run_options = group(
     click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to write; not one of yours."),
-    click.option("--resume", is_flag=True, help="Go on with a run to the same OUT that was stopped."),
+    resume_option,
     json_option,
     debug_option,
 )

@@ -1,5 +1,7 @@
 """``secateur demo`` with a tiny model in place of SmolLM2: one table, plain words about the text, the next command."""
 
+import signal
+
 import pytest
 
 import secateur.cli.demo as demo
@@ -28,6 +30,17 @@ def test_demo_prints_one_table_and_the_next_command(small_demo, run):
     assert "CPython's own help text" in ran.err, "said before the work begins"
     assert (small_demo / "secateur-demo" / "secateur" / "recipe.yaml").is_file()
     assert run("inspect", "secateur-demo").code == 0
+
+
+def test_demo_goes_on_where_it_was_stopped(small_demo, run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("secateur.runs.save", lambda *_: signal.raise_signal(signal.SIGINT))
+        stopped = run("demo")
+    assert stopped.code == 130
+    assert "keeps 2 finished blocks: go on with --resume" in stopped.error
+    ran = run("demo", "--resume", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["prune"]["resumed_after_blocks"] == 2
 
 
 def test_demo_trains_and_shows_what_it_won_back(small_demo, run):
