@@ -16,7 +16,7 @@ import torch
 from secateur.config import Device, Dtype, Precision, PruneConfig, config_from_dict, dump_recipe
 from secateur.core.pattern import VALUE_BITS
 from secateur.core.plan import Plan
-from secateur.data.sources import Texts, read_texts
+from secateur.data.sources import KNOWN, Texts, read_texts
 from secateur.data.tokens import check_seq_len, sample_windows, tokenize
 from secateur.errors import ArtefactError, DeviceError, UsageError
 from secateur.evaluation.inspect import Inspection, inspect
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config", PruneConfig, QuantizeConfig)
 Record = TypeVar("Record")
-BUILT_IN = ("demo", "embedded")
+BUILT_IN = ("demo", "embedded", *KNOWN)
 """Names that mean the same everywhere, whatever lies in the working directory."""
 MACHINE = ("offload", "hidden_memory")
 """Keys of a recipe that change how a machine is used and not one byte of the result."""
@@ -286,8 +286,10 @@ def _settled(config: PruneConfig, loaded: Loaded, device: str, total: int) -> Pr
 
 def lasting(source: str) -> str:
     """A model or text that is named by a path, named so that it is found from any directory."""
+    if source in BUILT_IN or source.startswith("hf:"):
+        return source
     path = Path(source).expanduser()
-    return str(path.resolve()) if source not in BUILT_IN and path.exists() else source
+    return str(path.resolve()) if path.exists() else source
 
 
 def _low_rank(linears: Sequence[LinearRecord], plan: Plan, dtype: torch.dtype) -> dict[str, float] | None:

@@ -8,6 +8,7 @@ import signal
 import pytest
 
 from secateur.config import METHODS
+from secateur.runs import lasting
 
 SMALL = ["--samples", "4", "--seq-len", "32"]
 
@@ -315,6 +316,15 @@ def test_methods(run):
 
 
 # ---- Python
+
+
+@pytest.mark.parametrize("name", ["demo", "embedded", "c4", "wikitext2", "ptb", "hf:allenai/c4"])
+def test_a_name_that_means_the_same_everywhere_is_no_path(name, tmp_path, monkeypatch):
+    for folder in (name, "mine"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert lasting(name) == name
+    assert lasting("mine") == str(tmp_path / "mine")
 
 
 def test_python_takes_a_model_object(model_dir, text_file, tmp_path):
