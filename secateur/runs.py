@@ -161,7 +161,7 @@ class Run:
 
     def reopened(self, out: Path, report: dict[str, Any]) -> Result[BlockRecord]:
         """What an earlier, complete run to ``out`` made."""
-        loaded = open_model(out, None, "auto", self.watch)
+        loaded = open_model(out, None, "auto", self.watch, self.config.offload)
         return Result(loaded.model, loaded.tokenizer, read_records(out / "secateur"), report)
 
     def verify(self) -> None:

@@ -54,11 +54,13 @@ def test_hidden_states_that_wait_on_disk_change_nothing(method, run, model_dir, 
 def test_python_gets_a_working_model_whose_blocks_are_on_disk(model_dir, text_file, tmp_path):
     from secateur import PruneConfig, prune
     from secateur.models.load import load
+    from secateur.models.offload import is_offloaded
 
     config = PruneConfig(sparsity=0.5, samples=4, seq_len=32, offload="on")
     model = prune(str(model_dir), config, data=str(text_file), out=tmp_path / "out").model
     tokens = torch.arange(9)[None]
     assert torch.equal(model(tokens).logits, load(str(tmp_path / "out")).model(tokens).logits)
+    assert is_offloaded(prune(str(model_dir), config, data=str(text_file), out=tmp_path / "out", resume=True).model)
     with pytest.raises(ValueError, match="needs an OUT"):
         prune(str(model_dir), config, data=str(text_file))
 
