@@ -102,6 +102,17 @@ def test_the_published_gate_step_diverges_where_newton_does_not():
     assert gate_cost(newton_step(q, p, z, q, phi, penalties), q, p, z, phi, penalties).mean() < start
 
 
+@pytest.mark.parametrize("alpha", [1.0, 5.0, 0.1])
+def test_the_published_step_depends_on_ratios_of_penalties_alone(alpha):
+    """Two times s <- s - 0.1 [(s - q) - z phi'(s) (p - z phi(s))], which is published for alpha = gamma = 5."""
+    phi = ACTIVATIONS["silu"]
+    s, q, p, z = (random(20, 10, seed=seed) for seed in range(4))
+    stepped = gradient_step(q, p, z, s, phi, Penalties(alpha, 1.0, alpha))
+    for _ in range(2):
+        s = s - 0.1 * ((s - q) - z * phi.df(s) * (p - z * phi.f(s)))
+    torch.testing.assert_close(stepped, s)
+
+
 def test_a_plain_ffn_uses_the_same_newton_step():
     phi, penalties = ACTIVATIONS["relu"], Penalties(1.0, 1.0, 1.0)
     m, p = random(1, 500), random(1, 500, seed=1)
