@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 import torch
@@ -28,12 +28,13 @@ from secateur.data.tokens import check_seq_len
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.branches import attached, refuse_branches
 from secateur.models.load import Loaded
-from secateur.models.offload import stays_on_disk
+from secateur.models.offload import is_offloaded, stays_on_disk
 from secateur.models.outline import Outline, outline
 from secateur.models.skeleton import skeleton
 from secateur.pruning.cost import FLOAT32, Cost, forward
 from secateur.pruning.cost_sparsellm import block_stages
 from secateur.pruning.footprint import footprint
+from secateur.pruning.low_rank import check_in_memory
 from secateur.pruning.rates import HEAD, Probe, Rates, measure
 from secateur.pruning.selection import Selection, linear_shapes
 from secateur.pruning.shapes import BlockShape, Routed, Run, Shared
@@ -118,6 +119,12 @@ class Subject:
         largest = max(p.numel() for p in self.adapter.model.parameters())
         return (self.file_bytes or 0) + GGUF_COPIES * largest * FLOAT32
 
+    def on_disk(self, offload: Literal["auto", "on", "off"]) -> bool:
+        """Whether the run leaves the blocks there; an object has them where they are."""
+        if self.file_bytes is None:
+            return is_offloaded(self.adapter.model)
+        return stays_on_disk(offload, self.file_bytes, gguf=self.gguf)
+
     @property
     def outside_blocks(self) -> int:
         """Bytes of embeddings, last norm and head."""
@@ -138,6 +145,7 @@ def plan(
     with subject_of(model, config) as subject:
         context = getattr(subject.adapter.model.config, "max_position_embeddings", None)
         check_seq_len(config.seq_len, context)
+        check_in_memory(config.low_rank, subject.on_disk(config.offload))
         selection = select_to_prune(subject.adapter, config)
         shapes = block_shapes(subject.adapter, selection, config)
     run = Run(config.samples, config.seq_len, config.batch, precision == "bfloat16" and subject.dtype == torch.float32)
@@ -332,7 +340,7 @@ def memory(
         ),
         key=lambda f: f.hidden + f.work,
     )
-    lazy = stays_on_disk(config.offload, subject.file_bytes or 0, gguf=subject.gguf)
+    lazy = subject.on_disk(config.offload)
     host = {"interpreter": float(psutil.Process().memory_info().rss)}
     host["outside the blocks" if lazy else "model"] = float(subject.outside_blocks if lazy else subject.bytes)
     named = parts.to_dict()

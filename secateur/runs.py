@@ -26,7 +26,7 @@ from secateur.models.load import Loaded, fingerprint, load
 from secateur.models.offload import is_offloaded, moved
 from secateur.models.save import clear_leftovers, save, staged
 from secateur.pruning.hidden import Budget
-from secateur.pruning.low_rank import check_ranks
+from secateur.pruning.low_rank import check_in_memory, check_ranks
 from secateur.pruning.oneshot import BlockRecord, RunOptions, prune_blocks
 from secateur.pruning.ranks import ALONE, Ranks
 from secateur.pruning.records import LinearRecord
@@ -95,8 +95,7 @@ class Run:
             texts = read_texts(config.data, "calibration")
         loaded = open_model(model, tokenizer, config.dtype, watch, config.offload)
         refuse_branches(attached(loaded.model), loaded.source)
-        if config.low_rank and is_offloaded(loaded.model):
-            raise UsageError("low_rank wants its blocks in memory, and these stay on disk; use --offload off")
+        check_in_memory(config.low_rank, is_offloaded(loaded.model))
         windows = windows_of(loaded, texts, config)
         if ranks.size > len(windows) and config.needs_text:
             raise UsageError(f"{ranks.size} processes for {len(windows)} samples; start fewer, or use more samples")

@@ -120,6 +120,12 @@ def _give_back(
     work.branched(name, BranchRecord(rank, numbers, returned / lacking if lacking > 0 else 0.0))
 
 
+def check_in_memory(rank: int, on_disk: bool) -> None:
+    """UsageError where branches are wanted of blocks that stay on disk."""
+    if rank and on_disk:
+        raise UsageError("low_rank wants its blocks in memory, and these stay on disk; use --offload off")
+
+
 def check_ranks(adapter: DecoderAdapter, plan: Plan, rank: int) -> None:
     """UsageError where a planned linear can have no branch, or none of that rank."""
     blocks = zip(adapter.block_names, adapter.blocks, strict=True)

@@ -239,6 +239,7 @@ WRONG = {
     "hub data malformed": (["MODEL", "--sparsity", "0.5", "--data", "hf:"], 2, ["hf:ID"]),
     "seq-len": (["MODEL", "--sparsity", "0.5", "--seq-len", "256"], 2, ["context of 128"]),
     "blocks": (["MODEL", "--sparsity", "0.5", *SMALL, "--blocks", "0:9"], 2, ["at most 0:2"]),
+    "branches": (["MODEL", "--pattern", "2:4", *SMALL, "--low-rank", "2", "--offload", "on"], 2, ["stay on disk"]),
     "include": (["MODEL", "--sparsity", "0.5", *SMALL, "--include", "qproj"], 2, ["did you mean", "q_proj"]),
     "half an FFN": (["MODEL", "--sparsity", "0.5", *SMALL, "--ignore", "up"], 1, ["as a whole", "mlp.up_proj"]),
     "out": (["MODEL", "--sparsity", "0.5", "--out", "x"], 2, ["--out"]),
