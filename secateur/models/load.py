@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from secateur.errors import ModelError, UsageError
+from secateur.errors import ModelError, SecateurError, UsageError
 from secateur.models.branches import FOLDER, attach, load_branches
 from secateur.models.codes import decompress, holds_codes, prepare
 from secateur.models.gguf_once import parsed_once
@@ -287,7 +287,7 @@ def in_one_line(source: str, advice: str) -> Iterator[None]:
     """Whatever transformers, gguf or safetensors raise about a file they cannot read becomes one line and an advice."""
     try:
         yield
-    except ModelError:
+    except SecateurError:
         raise
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]

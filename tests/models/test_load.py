@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from secateur.errors import ModelError
+from secateur.errors import ModelError, UsageError
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.load import load
 from secateur.models.offload import is_offloaded
@@ -59,6 +59,11 @@ def test_a_gguf_file(tiny_gguf, capfd):
     assert loaded.tokenizer.chat_template == "{{ messages[0]['content'] }}"
     assert loaded.fingerprint == load(str(tiny_gguf)).fingerprint
     assert DecoderAdapter(model).verify(torch.arange(12)[None]) <= 1e-5
+
+
+def test_a_gguf_file_cannot_stay_on_disk(tiny_gguf):
+    with pytest.raises(UsageError, match="a GGUF file can only be read as a whole"):
+        load(str(tiny_gguf), offload="on")
 
 
 @pytest.mark.parametrize("keep", [4, 16, 200, 5000, -10])
