@@ -83,7 +83,7 @@ def linear_shapes(adapter: DecoderAdapter, blocks: Iterable[int]) -> dict[str, t
 
 def _patterns(adapter: DecoderAdapter, pattern: Pattern, blocks: range, taper: float) -> dict[str, Pattern]:
     """Of every linear of these blocks, by its full name; a single block lies in the middle."""
-    depths = [i / (len(blocks) - 1) for i in range(len(blocks))] if len(blocks) > 1 else [0.5]
+    depths = [i / (len(blocks) - 1) for i in range(len(blocks))] if len(blocks) != 1 else [0.5]
     return {
         name: tapered(pattern, depth, taper)
         for index, depth in zip(blocks, depths, strict=True)

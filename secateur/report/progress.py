@@ -43,20 +43,21 @@ class Lines:
 
     def __init__(self, stream: TextIO, every: float = 2.0) -> None:
         self._stream, self._every = stream, every
-        self._name, self._start, self._last = "", 0.0, 0.0
+        self._name, self._last = "", 0.0
+        self._first: tuple[int, float] | None = None
 
     def stage(self, name: str) -> None:
-        self._name, self._start = name, time.monotonic()
-        self._last = self._start
+        self._name, self._last, self._first = name, time.monotonic(), None
         print(name, file=self._stream, flush=True)
 
     def update(self, done: int, total: int, detail: str = "") -> None:
         now = time.monotonic()
+        first, start = self._first = self._first or (done, now)  # an earlier run may have done what was before
         if done < total and now - self._last < self._every:
             return
         self._last = now
-        left = timedelta(seconds=round((now - self._start) / done * (total - done)))
-        parts = [f"{self._name} {done}/{total}", detail, f"left {left}"]
+        left = timedelta(seconds=round((now - start) / (done - first) * (total - done))) if done > first else None
+        parts = [f"{self._name} {done}/{total}", detail, "" if left is None else f"left {left}"]
         print(", ".join(filter(None, parts)), file=self._stream, flush=True)
 
 

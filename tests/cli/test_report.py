@@ -57,7 +57,18 @@ def test_plain_lines_tell_the_time_left():
     lines.stage("prune")
     lines.update(1, 2, "block 0")
     lines.update(2, 2)
-    assert stream.getvalue() == "prune\nprune 1/2, block 0, left 0:00:00\nprune 2/2, left 0:00:00\n"
+    assert stream.getvalue() == "prune\nprune 1/2, block 0\nprune 2/2, left 0:00:00\n"
+
+
+def test_what_an_earlier_run_did_says_nothing_of_the_time_left(monkeypatch):
+    clock = iter([0.0, 10.0, 20.0])
+    monkeypatch.setattr("secateur.report.progress.time.monotonic", lambda: next(clock))
+    stream = io.StringIO()
+    lines = Lines(stream)
+    lines.stage("prune, going on after 20 blocks")
+    for done in (21, 22):
+        lines.update(done, 30)
+    assert stream.getvalue().endswith("21/30\nprune, going on after 20 blocks 22/30, left 0:01:20\n")
 
 
 def test_plain_lines_are_few():

@@ -35,6 +35,12 @@ def test_everything_in_the_blocks_without_expressions(adapter):
     assert selection.skipped[0].names == ("model.embed_tokens", "lm_head")
 
 
+def test_no_block_at_all(adapter):
+    """The first half of a single one."""
+    with pytest.raises(UsageError, match=r"nothing is left to prune \(21 linears: not in blocks 0:0\)"):
+        select(adapter, HALF, range(0))
+
+
 def test_every_linear_is_planned_or_stands_under_its_reason(adapter):
     selection = select(adapter, HALF, range(1, 3), ["q_proj", "mlp"], [r"down_proj$", r"layers\.2\..*up"])
     assert list(selection.plan) == [
