@@ -2,9 +2,9 @@
 
 Two ways to begin. ``group_mean`` is SLoRB's (AST, arXiv:2407.20584): X sums groups of k consecutive inputs and is a
 constant, S holds the means of what was pruned from each group, which keeps every group's sum of weights; it is to be
-trained. ``weighted_fit`` needs no training: the best branch of its rank for the inputs that were seen (EoRA,
-arXiv:2410.21271), a truncated singular value decomposition of the lost weights in the metric of H. ``residual_fit`` is
-the same for a loss that is no weight: whatever the output lacks on these inputs (reduced-rank regression).
+trained. ``residual_fit`` needs no training: the best branch of its rank for whatever the output lacks on the inputs
+that were seen (reduced-rank regression), a truncated singular value decomposition in the metric of H. Where all that
+is lacking is lost weights, so residual = lost H, it is EoRA (arXiv:2410.21271).
 
 Neither can be folded into a sparse W. ``Branch.share`` says what it costs: at rank C / 16 and 2:4 a quarter as many
 numbers as survive in a square W.
@@ -54,22 +54,12 @@ def group_mean(W: Float[Tensor, "R C"], mask: Bool[Tensor, "R C"], k: int) -> Br
     return Branch(S, torch.eye(C // k, device=W.device, dtype=W.dtype).repeat_interleave(k, dim=1))
 
 
-def weighted_fit(lost: Float[Tensor, "R C"], H: Float[Tensor, "C C"], rank: int, damp: float = 0.01) -> Branch:
-    """argmin over rank r of tr((lost - S X) H' (lost - S X)ᵀ), H' = H + damp mean(diag H) I; lost = W0 - W.
-
-    With H' = L Lᵀ that is |(lost - S X) L|², so S X L is the truncated SVD of lost L (Eckart and Young). Raises
-    ValueError for a rank that lost cannot have. Cost: C³ / 3 + R C² and an SVD of R x C.
-    """
-    _check_rank(lost, rank)
-    L = cholesky(H, damp).L
-    return _truncated(lost @ L, L, rank)
-
-
 def residual_fit(residual: Float[Tensor, "R C"], H: Float[Tensor, "C C"], rank: int, damp: float = 0.01) -> Branch:
     """argmin over rank r of E|e - S X x|² + ridge |S X|², where residual = E[e xᵀ], ridge = damp mean(diag H).
 
     The error E|e - S X x|² is never larger than E|e|². With H' = H + ridge I = L Lᵀ it is |residual L⁻ᵀ - S X L|² but
-    for a constant, the rule of ``weighted_fit`` for lost = residual H'⁻¹; raises and costs as that does.
+    for a constant, so S X L is the truncated SVD of residual L⁻ᵀ (Eckart and Young). Raises ValueError for a rank that
+    residual cannot have. Cost: C³ / 3 + R C² and an SVD of R x C.
     """
     _check_rank(residual, rank)
     L = cholesky(H, damp).L

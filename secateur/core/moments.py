@@ -1,4 +1,4 @@
-"""Streaming second moments of a linear's inputs: additive, mergeable, any number of tokens.
+"""Streaming second moments of a linear's inputs: additive, any number of tokens.
 
 Stored as a plain sum and a token count; solvers see the mean. We call the mean Gram matrix H = XᵀX / tokens, as the
 papers do (it is half the Hessian of a linear's squared error per token; factors of two and of the sample count that the
@@ -50,9 +50,6 @@ class Gram:
             self.sum.addmm_(rows.T, rows)
             self.tokens += rows.shape[0]
 
-    def merge(self, other: "Gram") -> "Gram":
-        return Gram(self.sum + other.sum, self.tokens + other.tokens)
-
     def mean(self) -> Float[Tensor, "C C"]:
         return self.sum / max(self.tokens, 1)
 
@@ -75,9 +72,6 @@ class ColumnNorms:
         for rows in batch_rows(X.to(self.sum.dtype)):
             self.sum += rows.square().sum(dim=0)
             self.tokens += rows.shape[0]
-
-    def merge(self, other: "ColumnNorms") -> "ColumnNorms":
-        return ColumnNorms(self.sum + other.sum, self.tokens + other.tokens)
 
     def mean(self) -> Float[Tensor, " C"]:
         return self.sum / max(self.tokens, 1)
@@ -103,9 +97,6 @@ class CrossMoments:
         for z, x in zip(batch_rows(Z.to(self.sum.dtype)), batch_rows(X.to(self.sum.dtype)), strict=True):
             self.sum.addmm_(z.T, x)
             self.tokens += x.shape[0]
-
-    def merge(self, other: "CrossMoments") -> "CrossMoments":
-        return CrossMoments(self.sum + other.sum, self.tokens + other.tokens)
 
     def mean(self) -> Float[Tensor, "K C"]:
         return self.sum / max(self.tokens, 1)

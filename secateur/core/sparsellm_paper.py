@@ -66,7 +66,8 @@ def paper_feedforward(
     solver: LayerSolver,
     combine: Combine = alone,
 ) -> Refined:
-    """The published rounds, from iteration 0's ``pruned`` FFN (the solver on every matrix alone) to the last iterate.
+    """The published rounds, one at least, from iteration 0's ``pruned`` FFN (the solver on every matrix alone) to the
+    last iterate.
 
     z and s start from the dense network and are carried from round to round, as is H of the first matrices.
     ``combine`` as in closed mode.
@@ -74,17 +75,16 @@ def paper_feedforward(
     inputs = first_inputs(dense, tokens, combine)
     carried = [pre_activations(dense, X) for X, _ in tokens]
     ffn, note, W0 = pruned, "", dense.down.W
-    down_inputs = Gram.zeros(W0.shape[1], W0.device, W0.dtype).observed()
-    rounds = [Round(0, None, output_error(pruned, tokens, combine), options.iterations == 1)]
+    rounds = [Round(0, None, output_error(pruned, tokens, combine), chosen=False)]
     for t in range(1, options.iterations):
         carried, sums = update_tokens(dense, ffn, tokens, carried, options, combine)
-        H, G, down_inputs = inputs.H, sums.down_inputs.H, sums.down_inputs
+        H, G = inputs.H, sums.down_inputs.H
         first = solver.solve(fit(first_weights(dense), H, sums.first, PAPER_DAMP), H, patterns.first)
         down = solver.solve(fit(W0, G, sums.down, PAPER_DAMP), G, patterns.down)
         ffn, note = with_down(with_first(ffn, first.W), down.W), first.note or down.note
         last = t == options.iterations - 1
         rounds.append(Round(t, sums.objective, output_error(ffn, tokens, combine), last))
-    return Refined(ffn, tuple(rounds), inputs, fitted(W0, ffn.down.W, down_inputs), note)
+    return Refined(ffn, tuple(rounds), inputs, fitted(W0, ffn.down.W, sums.down_inputs), note)
 
 
 def update_tokens(

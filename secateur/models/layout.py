@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby, permutations
+from itertools import permutations
 from typing import Literal, NamedTuple
 
 import torch
@@ -104,17 +104,6 @@ def observe(adapter: DecoderAdapter, index: int, hidden: Float[Tensor, "B S D"],
     ffn, refusal = feed_forward(runs[first_ffn:])
     additive = first_ffn < len(runs) and _is_additive(adapter, index, hidden, call, names[-1], output)
     return Layout(groups, ffn, refusal, attention_out, additive)
-
-
-def describe(layout: Layout) -> str:
-    """One line: "attention q_proj+k_proj+v_proj > o_proj; ffn gate_proj+up_proj > down_proj, silu(gate) * up"."""
-    parts = []
-    for part, groups in groupby(layout.groups, key=lambda group: group.part):
-        parts.append(f"{part} " + " > ".join("+".join(_last(name) for name in group.linears) for group in groups))
-    if layout.ffn is None:
-        return "; ".join(parts) + f" ({layout.ffn_refusal})"
-    inside = f"{layout.ffn.activation}(gate) * up" if layout.ffn.gate else f"{layout.ffn.activation}(up)"
-    return "; ".join(parts) + f", {inside}" + ("" if layout.additive else ", output normalised or scaled afterwards")
 
 
 # ------------------------------------------------------------------------------------------------------------ watching
@@ -244,7 +233,3 @@ def relative(value: Float[Tensor, "..."], expected: Float[Tensor, "..."]) -> flo
     expected = expected.float().flatten()
     scale = expected.norm().clamp_min(torch.finfo(torch.float32).tiny)
     return ((value.float().flatten() - expected).norm() / scale).item()
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]

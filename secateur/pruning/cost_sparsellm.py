@@ -148,7 +148,7 @@ def closed_stages(shape: BlockShape, options: SparseLLM, run: Run) -> dict[str, 
 # ----------------------------------------------------------------------------------------------------------- paper mode
 
 
-def paper_round(first: Shared, down: Shared, options: SparseLLM, run: Run) -> Cost:
+def paper_round(first: Shared, down: Shared, run: Run) -> Cost:
     """p, z and s of every token, the moments of the fits, and the error of what comes out."""
     T, D, K, R = run.tokens, down.rows, down.columns, first.rows
     step = Cost(product=2 * D**2 * K, factor=D**3 + 2 * D**2 * K)
@@ -163,7 +163,7 @@ def paper_ffn(first: Shared, down: Shared, options: SparseLLM, run: Run) -> tupl
     start = ffn_output(first, down, run.tokens).times(2) + gram(first.columns, run.tokens)
     start += product(first.rows, first.columns, run.tokens)
     again = solve(options.inner, first, rounds) + solve(options.inner, down, rounds)
-    return start + paper_round(first, down, options, run).times(rounds), again
+    return start + paper_round(first, down, run).times(rounds), again
 
 
 def paper_stages(shape: BlockShape, options: SparseLLM, run: Run) -> dict[str, Cost]:

@@ -3,8 +3,13 @@
 import pytest
 import torch
 
-from secateur.core.low_rank import Branch, group_mean, residual_fit, weighted_fit
+from secateur.core.low_rank import Branch, group_mean, residual_fit
 from secateur.core.pattern import NM, keep_mask
+
+
+def weighted_fit(lost, H, rank):
+    """EoRA: what is lacking is the lost weights, lost H of the output in the fit's own metric."""
+    return residual_fit(lost @ (H + 0.01 * H.diagonal().mean() * torch.eye(len(H))), H, rank)
 
 
 def pruned(R=12, C=16, seed=0):
@@ -97,13 +102,6 @@ def test_what_an_output_lacks_is_fitted_by_reduced_rank_regression():
     assert torch.allclose(residual_fit(residual, H, 12).product, torch.linalg.solve(ridged, residual.T).T, atol=1e-4)
 
 
-def test_for_lost_weights_both_fits_agree():
-    W, mask, H = pruned()
-    lost = W * ~mask
-    ridged = H + 0.01 * H.diagonal().mean() * torch.eye(16)
-    assert torch.allclose(residual_fit(lost @ ridged, H, 3).product, weighted_fit(lost, H, 3).product, atol=1e-3)
-
-
 def test_what_it_costs():
     """A square matrix at 2:4 and rank C / 16: a quarter of the survivors, as the paper's 12.5 % of all weights."""
     mask = keep_mask(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), NM(2, 4))
@@ -117,7 +115,5 @@ def test_what_cannot_be():
     with pytest.raises(ValueError, match="k to divide in_features, got k = 5 and 16"):
         group_mean(W, mask, 5)
     for rank in (0, 13):
-        with pytest.raises(ValueError, match=rf"must lie in 1..12 .*got {rank}"):
-            weighted_fit(W, H, rank)
         with pytest.raises(ValueError, match=rf"must lie in 1..12 .*got {rank}"):
             residual_fit(W, H, rank)

@@ -1,4 +1,4 @@
-"""Streaming moments: chunks, merges and dtypes give what one product gives."""
+"""Streaming moments: chunks and dtypes give what one product gives."""
 
 from dataclasses import replace
 
@@ -20,18 +20,6 @@ def test_gram_of_chunks_equals_one_product():
     torch.testing.assert_close(gram.mean(), FLAT.T @ FLAT / 60)
 
 
-@pytest.mark.parametrize("kind", [Gram, ColumnNorms])
-def test_merged_equals_concatenated(kind):
-    left, right, whole = kind.zeros(8), kind.zeros(8), kind.zeros(8)
-    left.update(X[:1])
-    right.update(X[1:])
-    whole.update(X)
-    merged = left.merge(right)
-    assert merged.tokens == whole.tokens
-    torch.testing.assert_close(merged.mean(), whole.mean())
-    assert left.tokens == 20  # merging changes neither side
-
-
 def test_column_norms_are_the_diagonal():
     norms, gram = ColumnNorms.zeros(8), Gram.zeros(8)
     norms.update(X)
@@ -40,10 +28,10 @@ def test_column_norms_are_the_diagonal():
 
 
 def test_cross_moments():
-    cross, other = CrossMoments.zeros(5, 8), CrossMoments.zeros(5, 8)
+    cross = CrossMoments.zeros(5, 8)
     cross.update(Z[:2], X[:2])
-    other.update(Z[2:], X[2:])
-    torch.testing.assert_close(cross.merge(other).mean(), FLAT_Z.T @ FLAT / 60)
+    cross.update(Z[2:], X[2:])
+    torch.testing.assert_close(cross.mean(), FLAT_Z.T @ FLAT / 60)
 
 
 def test_sixteen_bit_inputs_are_summed_in_float32():

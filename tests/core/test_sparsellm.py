@@ -84,16 +84,6 @@ def test_chunks_do_not_matter(activation, gated, bias):
     torch.testing.assert_close(first_weights(a.ffn), first_weights(b.ffn))
 
 
-def test_one_iteration_is_the_inner_solver():
-    dense = ffn()
-    chunks = tokens(dense)
-    result = paper(dense, chunks, iterations=1)
-    expected = start(dense, chunks, SparseGPT())
-    assert torch.equal(result.ffn.down.W, expected.down.W)
-    assert torch.equal(first_weights(result.ffn), first_weights(expected))
-    assert [r.chosen for r in result.rounds] == [True]
-
-
 @pytest.mark.parametrize(("activation", "gated", "bias"), FORMS)
 def test_paper_keeps_the_last_iterate_and_counts_it(activation, gated, bias):
     dense = ffn(activation, gated, bias)

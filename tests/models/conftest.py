@@ -1,5 +1,7 @@
 """Tiny random models of many architectures, built from configs; a tiny GGUF file; the stories model of the data."""
 
+from itertools import groupby
+
 import pytest
 import torch
 import transformers
@@ -51,6 +53,24 @@ TINY = {
     "olmo2": (transformers.Olmo2Config, GROUPED),
     "bloom": (transformers.BloomConfig, {"vocab_size": 64, "hidden_size": 32, "n_layer": 3, "n_head": 4}),
 }
+
+
+def _describe(layout):
+    parts = []
+    for part, groups in groupby(layout.groups, key=lambda group: group.part):
+        names = ("+".join(name.rpartition(".")[2] for name in group.linears) for group in groups)
+        parts.append(f"{part} " + " > ".join(names))
+    if layout.ffn is None:
+        return "; ".join(parts) + f" ({layout.ffn_refusal})"
+    inside = f"{layout.ffn.activation}(gate) * up" if layout.ffn.gate else f"{layout.ffn.activation}(up)"
+    return "; ".join(parts) + f", {inside}" + ("" if layout.additive else ", output normalised or scaled afterwards")
+
+
+@pytest.fixture(scope="session")
+def describe():
+    """A layout in a line: "attention q_proj+k_proj+v_proj > o_proj; ffn gate_proj+up_proj > down_proj, silu(gate) * up"
+    or why there is no FFN, in brackets."""
+    return _describe
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from secateur.errors import ModelError
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.expert_layout import observe_experts, watchable
 from secateur.models.experts import expert_linears, find_experts, routing
-from secateur.models.layout import TOLERANCE, describe, observe, relative
+from secateur.models.layout import TOLERANCE, observe, relative
 from secateur.models.stored import Stored, stored
 
 NAMES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"]
@@ -106,7 +106,7 @@ def test_nothing_is_registered_in_the_model(moe, input_ids):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_an_expert_computes_is_observed(moe, input_ids, name):
+def test_what_an_expert_computes_is_observed(moe, input_ids, name, describe):
     adapter, capture, (layout,) = observed(moe(name), input_ids)
     assert describe_experts(layout) == "6 experts gate_proj+up_proj > down_proj, silu(gate) * up"
     around = describe(observe(adapter, 0, capture.hidden, capture.calls[0]))

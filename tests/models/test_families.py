@@ -1,8 +1,9 @@
 """Every decoder family that secateur is proven on: one row each, and every row meets every promise.
 
 A row is a tiny random model - its config's kind and options - and what is to be observed of its blocks, in the words
-of ``layout.describe``. No family has a line of code anywhere in the library; a new one is a row here. Sliding windows
-(8) are shorter than the rows of tokens (24 and 32), and blocks differ from one another where the config lets them.
+of the fixture ``describe``. No family has a line of code anywhere in the library; a new one is a row here. Sliding
+windows (8) are shorter than the rows of tokens (24 and 32), and blocks differ from one another where the config lets
+them.
 """
 
 import copy
@@ -19,7 +20,7 @@ from secateur.core.solvers import ADMM, Magnitude, SparseGPT, Wanda
 from secateur.core.sparsellm import SparseLLM
 from secateur.errors import ModelError
 from secateur.models.adapter import DecoderAdapter
-from secateur.models.layout import describe, observe
+from secateur.models.layout import observe
 from secateur.pruning.oneshot import RunOptions, prune_blocks
 from secateur.pruning.selection import select
 
@@ -217,7 +218,7 @@ def test_replay_equals_the_forward_and_weights_survive_a_round_trip(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_structure_of_every_block_is_observed(name):
+def test_the_structure_of_every_block_is_observed(name, describe):
     _, adapter = adapted(name)
     capture = adapter.capture(TOKENS)
     hidden = capture.hidden

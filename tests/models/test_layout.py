@@ -6,7 +6,7 @@ import torch
 from secateur.core.activations import ACTIVATIONS
 from secateur.errors import ModelError
 from secateur.models.adapter import DecoderAdapter
-from secateur.models.layout import FeedForwardForm, Half, describe, observe
+from secateur.models.layout import FeedForwardForm, Half, observe
 
 QKV = "attention q_proj+k_proj+v_proj > o_proj"
 GATED = "ffn gate_proj+up_proj > down_proj"
@@ -45,7 +45,7 @@ def observed(model, input_ids, index=0):
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_every_architecture_is_observed_without_a_word_about_it(tiny, input_ids, name):
+def test_every_architecture_is_observed_without_a_word_about_it(tiny, input_ids, name, describe):
     words, attention_out = EXPECTED[name]
     adapter, layout = observed(tiny(name), input_ids)
     assert describe(layout) == words
@@ -93,7 +93,7 @@ def test_an_unknown_activation_is_refused_with_the_nearest_one(tiny, input_ids):
     _, layout = observed(tiny("llama-mish"), input_ids)
     assert layout.ffn is None
     assert "mlp.down_proj is neither phi(up) nor phi(gate) * up" in layout.ffn_refusal
-    assert "nearest" in describe(layout)
+    assert "nearest" in layout.ffn_refusal
     assert layout.additive
     assert layout.attention_out == "self_attn.o_proj"
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from secateur.core.low_rank import Branch, weighted_fit
+from secateur.core.low_rank import Branch, residual_fit
 from secateur.core.pattern import NM, Unstructured, check_mask
 from secateur.core.solvers import ADMM, Magnitude, SparseGPT, Wanda
 from secateur.core.sparsellm import SparseLLM
@@ -138,7 +138,8 @@ def test_where_nothing_else_was_pruned_it_is_eora():
     ((name, branch),) = attached(model).items()
     X = inputs_and_outputs(dense, name)["X"]
     lost = dense.get_submodule(name).weight - model.get_submodule(name).weight
-    best = weighted_fit(lost, X.T @ X / len(X), RANK)
+    H = X.T @ X / len(X)
+    best = residual_fit(lost @ H, H, RANK)
 
     def left(one: Branch) -> float:
         return float((X @ (lost - one.product).T).square().sum())
