@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from secateur.export.directory import load_packed
     from secateur.exports import ExportOptions, export_to, unpack
     from secateur.models.sparse24 import load_sparse
-    from secateur.planning import PlanReport, plan
+    from secateur.planning import plan
     from secateur.quantize_config import QuantizeConfig
+    from secateur.report.plan_report import PlanReport
     from secateur.train_config import TrainConfig
 
     __version__: str
@@ -46,7 +47,7 @@ __all__ = [
 _HOMES = {
     "ExportOptions": "secateur.exports",
     "PruneConfig": "secateur.config",
-    "PlanReport": "secateur.planning",
+    "PlanReport": "secateur.report.plan_report",
     "QuantizeConfig": "secateur.quantize_config",
     "TrainConfig": "secateur.train_config",
     "evaluate": "secateur.api",

@@ -114,11 +114,7 @@ class Stacked:
 
 
 Pattern = Unstructured | NM | Block
-_KINDS: dict[str, type[Unstructured] | type[NM] | type[Block]] = {
-    "unstructured": Unstructured,
-    "n:m": NM,
-    "block": Block,
-}
+_KINDS: dict[str, type[Pattern]] = {"unstructured": Unstructured, "n:m": NM, "block": Block}
 VALUE_BITS = 16.0
 """Of a weight, or any other number, that is stored."""
 SAMPLE_STRIDE = 61

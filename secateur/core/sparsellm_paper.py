@@ -74,7 +74,7 @@ def paper_feedforward(
     """
     inputs = first_inputs(dense, tokens, combine)
     carried = [pre_activations(dense, X) for X, _ in tokens]
-    ffn, note, W0 = pruned, "", dense.down.W
+    ffn, sums, note, W0 = pruned, None, "", dense.down.W
     rounds = [Round(0, None, output_error(pruned, tokens, combine), chosen=False)]
     for t in range(1, options.iterations):
         carried, sums = update_tokens(dense, ffn, tokens, carried, options, combine)
@@ -84,6 +84,7 @@ def paper_feedforward(
         ffn, note = with_down(with_first(ffn, first.W), down.W), first.note or down.note
         last = t == options.iterations - 1
         rounds.append(Round(t, sums.objective, output_error(ffn, tokens, combine), last))
+    assert sums is not None, "one iteration is the inner solver, which needs none of this"
     return Refined(ffn, tuple(rounds), inputs, fitted(W0, ffn.down.W, sums.down_inputs), note)
 
 

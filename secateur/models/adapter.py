@@ -1,13 +1,9 @@
 """One decoder, block by block: find the blocks, know what each is called with, replay them, read and write weights.
 
-Nothing here knows an architecture by name. The blocks are *found by observation*: the largest list of modules that one
-forward pass uses must hold modules of one class, called once each, in order. What each block is called with (mask,
-rotary embedding, positions; they differ from block to block with sliding windows) is captured by letting the model run
-with its blocks replaced by a pass-through, so that it costs the embedding and not the network. Whether a replay really
-equals the model's own forward is for ``verify`` to say, in numbers, before anything is pruned.
-
-Hybrids, where some blocks mix tokens by a recurrence or a convolution instead of attention, are refused by the trace
-that all of them leave: a convolution along time inside a block.
+Nothing here knows an architecture by name. The blocks are *found by observation* (``models.blocks``). What each block
+is called with (mask, rotary embedding, positions; they differ from block to block with sliding windows) is captured by
+letting the model run with its blocks replaced by a pass-through, so that it costs the embedding and not the network.
+Whether a replay really equals the model's own forward is for ``verify`` to say, in numbers, before anything is pruned.
 
 Weights are read and written as (out, in), whatever the module: Conv1D of transformers is transposed here and nowhere
 else.
@@ -20,13 +16,11 @@ else.
 B = rows of a batch, S = tokens of a row, D = hidden size, R = out_features, C = in_features, V = vocabulary.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -35,13 +29,16 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import ModelError
+from secateur.models.blocks import (
+    embedding,
+    find_blocks,
+    forward_hooks,
+    refuse_quantized,
+    refuse_tied,
+    refuse_uncovered,
+)
 from secateur.models.experts import ExpertLinear, Experts, Linear, find_experts, known_parameters, with_experts
-from secateur.models.scales import scales
 
-NOT_MATRICES = (nn.Embedding,)
-"""Modules whose parameters have two axes or more without being a matrix that multiplies tokens: relative position
-tables. They are left as they are."""
-PRUNABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TOLERANCE = 1e-4
 """Largest difference between replay and forward, relative to the largest hidden activation."""
 
@@ -72,14 +69,14 @@ class DecoderAdapter:
     def __init__(self, model: PreTrainedModel):
         refuse_quantized(model)
         self.model = model.eval()
-        name, self.blocks, self._items = _find_blocks(model, self._tokens(1, 4))
+        name, self.blocks, self._items = find_blocks(model, self._tokens(1, 4))
         self.block_names = [f"{name}.{i}" for i in range(len(self.blocks))]
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._experts = {block: find_experts(block) for block in self.blocks}
         for i, (block_name, block) in enumerate(zip(self.block_names, self.blocks, strict=True)):
             known = known_parameters(self.experts(block))
-            _refuse_uncovered(block_name, block, self.linears(block), known, partial(self._try, i))
-        _refuse_tied(model, self.block_names)
+            refuse_uncovered(block_name, block, self.linears(block), known, partial(self._try, i))
+        refuse_tied(model, self.block_names)
 
     # ------------------------------------------------------------------------------------------------ calls and replay
 
@@ -119,7 +116,7 @@ class DecoderAdapter:
     def verify(self, input_ids: Int[Tensor, "B S"]) -> float:
         """Replay everything and compare with the full forward; the largest relative difference, or ModelError."""
         outputs: list[Tensor] = []
-        with _forward_hooks(self.blocks, lambda block, args, output: outputs.append(_hidden_of(output))):
+        with forward_hooks(self.blocks, lambda block, args, output: outputs.append(_hidden_of(output))):
             logits = self.model(input_ids=self._placed(input_ids), use_cache=False)[0]
         hidden, worst = self.first_hidden(input_ids), 0.0
         for i, call in enumerate(self.calls(*input_ids.shape)):
@@ -149,11 +146,11 @@ class DecoderAdapter:
         return seen
 
     def _placed(self, input_ids: Int[Tensor, "B S"]) -> Int[Tensor, "B S"]:
-        return input_ids.to(_embedding(self.model).weight.device)
+        return input_ids.to(embedding(self.model).weight.device)
 
     def _tokens(self, batch: int, seq_len: int) -> Int[Tensor, "B S"]:
         """Some tokens, where it does not matter which."""
-        return (torch.arange(seq_len) % _embedding(self.model).num_embeddings).expand(batch, -1)
+        return (torch.arange(seq_len) % embedding(self.model).num_embeddings).expand(batch, -1)
 
     # -------------------------------------------------------------------------------------------------------- weights
 
@@ -202,115 +199,6 @@ class DecoderAdapter:
         return None if linear.bias is None else linear.bias.detach().to(torch.float32, copy=True)
 
 
-def refuse_quantized(model: PreTrainedModel) -> None:
-    """ModelError for a model whose weights are codes and scales instead of numbers.
-
-    A model read from GGUF may be marked as quantized and have plain weights: there the weights' dtypes decide, below.
-    """
-    quantization = getattr(model.config, "quantization_config", None)
-    if quantization is not None and getattr(quantization, "quant_method", None) != "gguf":
-        raise ModelError(
-            f"{model.config.name_or_path or type(model).__name__} is already quantized; prune the original 16 or 32 "
-            "bit model, then quantize the result"
-        )
-
-
-# ---------------------------------------------------------------------------------------------------------- observation
-
-
-def _find_blocks(model: PreTrainedModel, input_ids: Int[Tensor, "B S"]) -> tuple[str, list[nn.Module], int]:
-    """Name and members of the largest list of modules that a forward pass uses, and how many items they answer with.
-
-    The largest or none: a smaller list would leave most of the model unpruned without a word.
-    """
-    lists = {name: list(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    members = list(dict.fromkeys(member for blocks in lists.values() for member in blocks))
-    called, items = _called(model, members, input_ids)
-    used = [name for name, blocks in lists.items() if _only(blocks, called)]
-    if not used:
-        raise ModelError(
-            f"{type(model).__name__} has no list of blocks; secateur prunes decoders built of equal blocks"
-        )
-    name = max(used, key=lambda name: sum(p.numel() for block in lists[name] for p in block.parameters()))
-    blocks = lists[name]
-    _refuse_mixers(name, blocks)
-    if len({type(block) for block in blocks}) > 1 or _only(blocks, called) != blocks:
-        kinds = " and ".join(dict.fromkeys(type(block).__name__ for block in blocks))
-        raise ModelError(
-            f"{name} is no list of same-class blocks that run once each, one after the other: it holds {kinds}; "
-            "secateur prunes decoders built of equal blocks"
-        )
-    return name, blocks, items[blocks[0]]
-
-
-def _called(
-    model: PreTrainedModel, modules: list[nn.Module], input_ids: Int[Tensor, "B S"]
-) -> tuple[list[nn.Module], dict[nn.Module, int]]:
-    """Those modules that a forward pass calls, in order, and how many items each answers with (0: a bare tensor)."""
-    called: list[nn.Module] = []
-    items: dict[nn.Module, int] = {}
-
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        called.append(module)
-        items[module] = len(output) if isinstance(output, tuple | list) else 0
-
-    with torch.no_grad(), _forward_hooks(modules, note):
-        model(input_ids=input_ids.to(_embedding(model).weight.device), use_cache=False)
-    return called, items
-
-
-def _refuse_mixers(name: str, blocks: list[nn.Module]) -> None:
-    """State-space, recurrent and convolutional token mixers: each shifts tokens through a convolution along time."""
-    for i, block in enumerate(blocks):
-        for inner, module in block.named_modules():
-            if isinstance(module, nn.Conv1d):
-                mixer, _, last = f"{i}.{inner}".rpartition(".")
-                kind = type(block.get_submodule(inner.rpartition(".")[0])).__name__
-                raise ModelError(
-                    f"{name}.{mixer} ({kind}) mixes tokens by a convolution along time ({last}), as state-space, "
-                    "recurrent and convolutional hybrids do; only blocks that mix tokens by attention are supported"
-                )
-
-
-def _only(wanted: list[nn.Module], modules: list[nn.Module]) -> list[nn.Module]:
-    members = set(wanted)
-    return [module for module in modules if module in members]
-
-
-def _refuse_uncovered(
-    block_name: str, block: nn.Module, linears: dict[str, Linear], known: set[str], replay: Callable[[], None]
-) -> None:
-    """Unknown or quantized matrices: parameters which `linears` would miss in silence, or could not read."""
-    uncovered = {}
-    for name, parameter in block.named_parameters():
-        owner = name.rpartition(".")[0]
-        covered = owner in linears or name in known
-        if parameter.ndim >= 2 and not covered and not isinstance(block.get_submodule(owner), NOT_MATRICES):
-            uncovered[name] = parameter
-    for name in scales(block, uncovered, replay) if uncovered else ():
-        del uncovered[name]
-    if uncovered:
-        described = ", ".join(f"{name} ({'x'.join(map(str, p.shape))})" for name, p in uncovered.items())
-        raise ModelError(
-            f"{block_name} holds matrices outside any linear: {described}; secateur cannot read them there yet"
-        )
-    for name, linear in linears.items():
-        if linear.weight.dtype not in PRUNABLE_DTYPES:
-            raise ModelError(f"{block_name}.{name} holds {linear.weight.dtype} weights; load the model in 16 or 32 bit")
-
-
-def _refuse_tied(model: PreTrainedModel, block_names: list[str]) -> None:
-    """One parameter under two names: pruning it for one of its uses would change the other."""
-    names: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)].append(name)
-    prefixes = tuple(f"{name}." for name in block_names)
-    for shared in names.values():
-        for first, second in pairwise(shared):
-            if first.startswith(prefixes) or second.startswith(prefixes):
-                raise ModelError(f"{first} and {second} are one tensor; weights shared by blocks are not supported yet")
-
-
 def _checked(what: str, replayed: Float[Tensor, "..."], expected: Float[Tensor, "..."]) -> float:
     scale = expected.float().abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     error = ((replayed.float() - expected.float()).abs().max() / scale).item()
@@ -344,25 +232,11 @@ def replaced_forward(modules: list[nn.Module], forward: Callable[..., Any]) -> I
                 module.forward = previous
 
 
-@contextmanager
-def _forward_hooks(modules: list[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
     """Hidden states are the first argument, or the one of that name; the rest is the call."""
     if args:
         return args[0], Call(args[1:], kwargs)
     return kwargs["hidden_states"], Call((), {name: value for name, value in kwargs.items() if name != "hidden_states"})
-
-
-def _embedding(model: PreTrainedModel) -> nn.Embedding:
-    return cast(nn.Embedding, model.get_input_embeddings())
 
 
 def _hidden_of(output: Any) -> Tensor:

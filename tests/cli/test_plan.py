@@ -78,7 +78,7 @@ def test_blocks_that_stay_on_disk_are_not_counted_as_memory(run, model_dir):
 def test_unpacking_a_gguf_file_is_counted(tiny_llama):
     """Measured: 3.30 GB for Gemma-3-270m, 1.40 more than what stays; its embedding takes 0.67 in float32."""
     from secateur.models.adapter import DecoderAdapter
-    from secateur.planning import Subject
+    from secateur.report.plan_report import Subject
 
     adapter = DecoderAdapter(tiny_llama)
     embedding = 4 * 128 * 32
