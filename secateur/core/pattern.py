@@ -193,6 +193,21 @@ def kept_count(size: int, sparsity: float) -> int:
     return size - math.floor(sparsity * size + 0.5)
 
 
+def zeros_in(shape: tuple[int, int], pattern: Pattern) -> int:
+    """How many of an (R, C) matrix's weights ``keep_mask`` leaves out: rounded where the pattern counts."""
+    R, C = shape
+    match pattern:
+        case NM(n, m):
+            return R * C // m * (m - n)
+        case Unstructured(sparsity, "row"):
+            return R * (C - kept_count(C, sparsity))
+        case Unstructured(sparsity, _):
+            return R * C - kept_count(R * C, sparsity)
+        case Block(sparsity, rows, cols):
+            tiles = R // rows * (C // cols)
+            return rows * cols * (tiles - kept_count(tiles, sparsity))
+
+
 def _keep_largest(scores: Float[Tensor, "rows n"], keep: int) -> Bool[Tensor, "rows n"]:
     """The ``keep`` largest of every row; of equal scores the one further left stays."""
     rows, n = scores.shape

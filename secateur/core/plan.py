@@ -8,7 +8,7 @@ Linears absent from the plan are not touched. Names are those of the modules in 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from secateur.core.pattern import Pattern, bits_per_weight, check_shape, kept_count
+from secateur.core.pattern import Pattern, bits_per_weight, check_shape, zeros_in
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Plan(Mapping[str, Target]):
 
     @property
     def zeros(self) -> int:
-        """Zeros in all planned linears, once carried out, where their patterns count over whole matrices."""
-        return sum(target.size - kept_count(target.size, target.pattern.sparsity) for target in self.values())
+        """Zeros in all planned linears, once carried out."""
+        return sum(zeros_in(target.shape, target.pattern) for target in self.values())
 
     @property
     def sparsity(self) -> float:

@@ -281,8 +281,10 @@ def test_the_saved_recipe_gives_the_same_bytes(int4, run, tmp_path, files):
         (["--pattern", "2:4"], 0.5, {"2:4"}),
         (["--sparsity", "0.6"], 0.6, {"60%"}),
         (["--sparsity", "0.6", "--set", "taper=0.2"], 0.6, {"40%", "80%"}),
+        (["--bits", 8, "--pattern", "row", "--sparsity", "0.603"], 0.6, {"60.3% per row"}),
+        (["--bits", 8, "--pattern", "block:16x32", "--sparsity", "0.7"], 0.68, {"70% in 16x32 blocks"}),
     ],
-    ids=["2:4", "60 %", "40 to 80 %"],
+    ids=["2:4", "60 %", "40 to 80 %", "row", "blocks"],
 )
 def test_joint_prunes_and_quantizes_a_dense_model(pattern, share, promised, run, dense, text, tmp_path):
     ran = run("quantize", dense, "--method", "joint", *pattern, *text, "--out", tmp_path / "out", "--json")

@@ -16,6 +16,7 @@ from secateur.core.pattern import (
     pattern_from_dict,
     pattern_to_dict,
     ramped,
+    zeros_in,
 )
 
 K, o = True, False
@@ -64,6 +65,7 @@ def test_exact_count_and_check(pattern):
     scores = torch.rand(8, 16, generator=torch.Generator().manual_seed(0)).round(decimals=1)  # many ties
     mask = keep_mask(scores, pattern)
     assert check_mask(mask, pattern) is None
+    assert zeros_in((8, 16), pattern) == (~mask).sum()
     grain = 8 if isinstance(pattern, Block) else 1
     rows = 8 if pattern == Unstructured(0.9, "row") else 1
     zeros = (~mask).sum().item() / grain
