@@ -20,6 +20,7 @@ from secateur.errors import ArtefactError, UsageError
 from secateur.export.container import AGAIN, parse_json
 from secateur.export.sizes import Sizes, sizes_of
 from secateur.export.sparse_safetensors import Done, PackedFile, pack_file, unpack_file
+from secateur.models.branches import FOLDER
 from secateur.models.headers import INDEX, SPARSE
 from secateur.models.save import staged
 from secateur.models.sparse24 import is_sparse24
@@ -94,6 +95,12 @@ def dense_names(directory: Path) -> list[str]:
     if is_sparse24(directory):
         raise ArtefactError(f"{directory} is packed for torch-2:4; give the directory that it was made from")
     return _weight_files(directory, DENSE, "give a directory that save_pretrained wrote")
+
+
+def refuse_stored_branches(source: Path) -> None:
+    """UsageError for a directory with low-rank branches, for targets that have no place for them."""
+    if (source / FOLDER).is_dir():
+        raise UsageError(f"{source} has low-rank branches, which this target cannot carry; prune without --low-rank")
 
 
 def packed_files(directory: Path) -> list[PackedFile]:

@@ -21,10 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from secateur.errors import ModelError, UsageError
-from secateur.export.directory import Watch, dense_names
+from secateur.export.directory import Watch, dense_names, refuse_stored_branches
 from secateur.export.int8 import Int8Record, calibrate, to_int8
 from secateur.export.openvino_graph import convert
-from secateur.models.branches import FOLDER
 from secateur.models.load import Loaded, load
 from secateur.models.openvino import (
     MODEL,
@@ -149,8 +148,7 @@ def _agreed(opened: OpenVINOModel, probe: Int64[Tensor, "1 S"], wanted: Int64[Te
 def _refuse(source: str) -> None:
     if Path(source).is_dir():
         dense_names(Path(source))
-    if (Path(source) / FOLDER).is_dir():
-        raise UsageError(f"{source} has low-rank branches, which this target cannot carry; prune without --low-rank")
+    refuse_stored_branches(Path(source))
 
 
 def _shown(windows: Tensor, watch: Watch) -> Iterable[Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from secateur.core.pattern import NM, pattern_from_dict
 from secateur.core.two_of_four import PER_BYTE, first_broken_row, pack
 from secateur.errors import ArtefactError, UsageError
-from secateur.export.directory import DENSE, Watch, dense_names, rebuilt
+from secateur.export.directory import DENSE, Watch, dense_names, rebuilt, refuse_stored_branches
 from secateur.models import sparse24_loader
 from secateur.models.headers import INDEX
 from secateur.models.sparse24_loader import SUFFIX, VERSION, checksum, read_file
@@ -30,9 +30,11 @@ LOADER = "sparse24_loader.py"
 def export_sparse24(source: Path, out: Path, watch: Watch) -> dict[str, Any]:
     """Write `out`, read it back, and only then give it its name. Stages: pack, check.
 
-    UsageError naming the first tensor that is not 2:4 though it was promised to be, or where none is.
+    UsageError naming the first tensor that is not 2:4 though it was promised to be, where none is, and for low-rank
+    branches.
     """
     names = dense_names(source)
+    refuse_stored_branches(source)
     promised = _promised(source)
     sizes = {"dense_bytes": 0, "packed_bytes": 0}
     matrices: dict[str, list[int]] = {}

@@ -169,9 +169,14 @@ def no_promise(pruned: Path) -> None:
     (pruned / "secateur" / "promise.json").write_text('{"linears": 3}')
 
 
+def branched(pruned: Path) -> None:
+    (pruned / "low_rank").mkdir()
+
+
 @pytest.mark.parametrize(
     ("spoil", "kind", "said"),
     [
+        (branched, UsageError, r"has low-rank branches, which this target cannot carry; prune without --low-rank"),
         (other_pattern, UsageError, r"model.layers.1.mlp.up_proj.weight is not 2:4 but 50%"),
         (broken_weight, UsageError, r"model.layers.0.self_attn.k_proj.weight is not 2:4: row 3 has more than 2"),
         (dense, UsageError, r"model\..*weight is not 2:4, nor is any matrix of"),
