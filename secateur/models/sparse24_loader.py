@@ -97,7 +97,10 @@ def load_sparse(directory: str, device: str = "cuda", tokens: int = TOKENS) -> t
 
 
 def build(directory: str, state: dict[str, Tensor]) -> tuple[Any, dict[str, Codes]]:
-    """The model with every weight in its own type, and the codes of those that are stored as int8."""
+    """The model with every weight in its own type, and the codes of those that are stored as int8.
+
+    DamagedError where tensors are missing, which would be filled in at random.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     stored = [name for name, W in state.items() if W.dtype == torch.int8 and f"{name}_scale" in state]
@@ -109,7 +112,9 @@ def build(directory: str, state: dict[str, Tensor]) -> tuple[Any, dict[str, Code
     dtype = next(W.dtype for W in state.values() if W.is_floating_point())
     with torch.device("meta"):  # AutoModel itself opens nothing that has no place
         kind: Any = type(AutoModelForCausalLM.from_config(config))
-    model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    model, info = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        raise DamagedError(f"{directory} lacks {len(missing)} tensors, such as {missing[0]}; copy the missing file too")
     return model.eval().requires_grad_(False), codes
 
 

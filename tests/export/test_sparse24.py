@@ -208,6 +208,22 @@ def gone(file: Path) -> None:
     file.unlink()
 
 
+def test_a_missing_shard_is_not_filled_in_at_random(pruned, tmp_path, monkeypatch):
+    """The head is tied and stored nowhere: only what really lacks is missed."""
+    held = load_file(pruned / "model.safetensors")
+    for number in (1, 2):
+        part = {name: tensor for name, tensor in held.items() if (".layers.1." in name) == (number == 2)}
+        save_file(part, pruned / f"model-0000{number}-of-00002.safetensors", metadata={"format": "pt"})
+    (pruned / "model.safetensors").unlink()
+    export_to(pruned, "torch-2:4", tmp_path / "out")
+    monkeypatch.setattr(sparse24_loader, "lacks", lambda: None)
+    monkeypatch.setattr(sparse24_loader, "time_on_gpu", lambda form, X: 1.0)
+    load_sparse(tmp_path / "out", device="cpu", tokens=32)
+    (tmp_path / "out" / "model-00002-of-00002.sparse24.safetensors").unlink()
+    with pytest.raises(ArtefactError, match=r"lacks 9 tensors, such as model.layers.1.input_layernorm.weight; copy"):
+        load_sparse(tmp_path / "out", device="cpu", tokens=32)
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [(flipped, "damaged"), (cut, "cannot be read"), (later, r"is of version 2, this reads 1"), (gone, r"holds no \*")],
