@@ -76,7 +76,7 @@ def _promised(source: Path) -> set[str] | None:
 
 
 def _pack_file(source: Path, target: Path, promised: set[str] | None) -> dict[str, list[int]]:
-    tensors, sums, shapes = load_file(source), {}, {}
+    tensors, shapes = load_file(source), {}
     for name, W in list(tensors.items()):
         if not (name in promised if promised is not None else _happens_to_be(W, f"{name}_scale" in tensors)):
             continue
@@ -86,8 +86,10 @@ def _pack_file(source: Path, target: Path, promised: set[str] | None) -> dict[st
             raise UsageError(f"{name} is {error}; prune with --pattern 2:4 first") from error
         del tensors[name]
         tensors |= {f"{name}.values": values, f"{name}.places": places}
-        sums[name], shapes[name] = checksum(values, places), list(W.shape)
-    save_file(tensors, target, metadata={"format": "pt", "sparse24": VERSION, "packed": json.dumps(sums)})
+        shapes[name] = list(W.shape)
+    sums = {name: checksum(tensor) for name, tensor in tensors.items()}
+    words = {"sparse24": VERSION, "packed": json.dumps(list(shapes)), "sums": json.dumps(sums)}
+    save_file(tensors, target, metadata={"format": "pt", **words})
     return shapes
 
 

@@ -11,7 +11,8 @@ takes time too, and where 16-bit inputs and weights are faster, those are taken.
     NAME.sparse24.safetensors    every tensor as it was, but a packed one as TENSOR.values (R, C/2) and TENSOR.places
                                  (R, C/8): a byte of places holds two groups of four, the left one in the lower bits,
                                  and of each the places of its two values, two bits each, the lower one first
-    its metadata                 sparse24: the version, "1"; packed: JSON {TENSOR: crc32 of values and places}
+    its metadata                 sparse24: the version, "2"; packed: JSON [TENSOR]; sums: JSON {NAME: crc32} of all that
+                                 is stored
     int8 TENSORs                 are codes; TENSOR_scale (R, 1) times them gives the weights
 
 R = out_features, C = in_features, T = tokens.
@@ -31,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-SUFFIX, VERSION = ".sparse24.safetensors", "1"
+SUFFIX, VERSION = ".sparse24.safetensors", "2"
 CAPABILITY = (8, 0)
 """The first GPUs with sparse tensor cores."""
 TOKENS = 2048
@@ -303,20 +304,22 @@ def read_file(path: Path, into: dict[str, Tensor]) -> list[str]:
     with safe_open(path, framework="pt") as file:
         words = file.metadata() or {}
         if words.get("sparse24") != VERSION:
-            raise DamagedError(f"{path} is of version {words.get('sparse24')}, this reads {VERSION}; update secateur")
-        sums: dict[str, int] = json.loads(words["packed"])
-        parts = {f"{name}.{part}" for name in sums for part in ("values", "places")}
-        into.update({name: file.get_tensor(name) for name in file.keys() if name not in parts})  # noqa: SIM118
-        for name, wanted in sums.items():
-            values, places = file.get_tensor(f"{name}.values"), file.get_tensor(f"{name}.places")
-            if checksum(values, places) != wanted:
-                raise DamagedError(f"{path}: {name} is damaged, its checksum is another; copy or export it again")
-            into[name] = unpack(values, places)
-    return list(sums)
+            raise DamagedError(
+                f"{path} is of version {words.get('sparse24')}, this reads {VERSION}; update secateur, or export again"
+            )
+        packed: list[str] = json.loads(words["packed"])
+        sums: dict[str, int] = json.loads(words["sums"])
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name, tensor in stored.items():
+        if checksum(tensor) != sums[name]:
+            raise DamagedError(f"{path}: {name} is damaged, its checksum is another; copy or export it again")
+    into |= {name: unpack(stored.pop(f"{name}.values"), stored.pop(f"{name}.places")) for name in packed}
+    into |= stored
+    return packed
 
 
-def checksum(values: Tensor, places: Tensor) -> int:
-    return zlib.crc32(places.numpy().tobytes(), zlib.crc32(values.view(torch.uint8).numpy().tobytes()))
+def checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data)
 
 
 def unpack(values: Tensor, places: Tensor) -> Tensor:

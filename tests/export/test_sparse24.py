@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from secateur import export_to, load_sparse
 from secateur.core.pattern import NM, Unstructured, keep_mask, pattern_to_dict
 from secateur.errors import ArtefactError, DeviceError, UsageError
+from secateur.export.container import read_header
 from secateur.models import sparse24_loader
 from secateur.models.sparse24 import dense_state
 from secateur.models.sparse24_loader import swap
@@ -196,12 +197,19 @@ def flipped(file: Path) -> None:
     file.write_bytes(data)
 
 
+def flipped_in_a_norm(file: Path) -> None:
+    header = read_header(file)
+    data = bytearray(file.read_bytes())
+    data[header.data_at + header.tensors["model.norm.weight"].start] ^= 1
+    file.write_bytes(data)
+
+
 def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
 def later(file: Path) -> None:
-    file.write_bytes(file.read_bytes().replace(b'"sparse24":"1"', b'"sparse24":"2"'))
+    file.write_bytes(file.read_bytes().replace(b'"sparse24":"2"', b'"sparse24":"3"'))
 
 
 def gone(file: Path) -> None:
@@ -226,7 +234,13 @@ def test_a_missing_shard_is_not_filled_in_at_random(pruned, tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     ("spoil", "said"),
-    [(flipped, "damaged"), (cut, "cannot be read"), (later, r"is of version 2, this reads 1"), (gone, r"holds no \*")],
+    [
+        (flipped, "damaged"),
+        (flipped_in_a_norm, "model.norm.weight is damaged"),
+        (cut, "cannot be read"),
+        (later, r"is of version 3, this reads 2"),
+        (gone, r"holds no \*"),
+    ],
 )
 def test_damaged_directories(spoil, said, exported):
     spoil(exported / "model.sparse24.safetensors")
