@@ -18,11 +18,11 @@ from secateur.core.pattern import VALUE_BITS
 from secateur.core.plan import Plan
 from secateur.data.sources import KNOWN, Texts, read_texts
 from secateur.data.tokens import check_seq_len, sample_windows, tokenize
-from secateur.errors import ArtefactError, DeviceError, UsageError
+from secateur.errors import ArtefactError, UsageError
 from secateur.evaluation.inspect import Inspection, inspect
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.branches import attached, refuse_branches
-from secateur.models.load import Loaded, fingerprint, load
+from secateur.models.load import Loaded, check_device, fingerprint, load
 from secateur.models.offload import is_offloaded, moved
 from secateur.models.save import clear_leftovers, save, staged
 from secateur.pruning.hidden import Budget
@@ -313,8 +313,7 @@ def resolve_device(device: Device) -> Literal["cpu", "cuda"]:
     """What ``auto`` means here; DeviceError where the device asked for is not."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("--device cuda, but torch sees no CUDA device here; use --device cpu or auto")
+    check_device(device)
     return device
 
 

@@ -100,7 +100,7 @@ def bench(dense: str, pruned: str, options: BenchOptions, update: Callable[[int,
     sources = (dense, pruned)
     runtimes = [runtime_of(source, options.runtime) for source in sources]
     for source, runtime in zip(sources, runtimes, strict=True):
-        RUNTIMES[runtime].check(source)
+        RUNTIMES[runtime].check(source, options.device)
     load = os.getloadavg()[0]
     with ExitStack() as stack:
         workers = [stack.enter_context(_worker(options.used_threads)) for _ in sources]

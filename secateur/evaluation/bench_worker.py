@@ -74,17 +74,23 @@ def answer(requests: TextIO, answers: TextIO) -> None:
         print(json.dumps(told), file=answers, flush=True)
 
 
+def serve(requests: TextIO, answers: TextIO) -> int:
+    """``answer``, and a failure's line as the last answer. The exit code."""
+    try:
+        answer(requests, answers)
+    except Exception as error:  # whatever it is: nobody sees more of it than this line
+        code = error.exit_code if isinstance(error, SecateurError) else 1
+        line = str(error) if isinstance(error, SecateurError) else f"{type(error).__name__}: {error}"
+        print(json.dumps({"error": " ".join(line.split()), "code": code}), file=answers, flush=True)
+        return code
+    return 0
+
+
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    try:
-        with quiet():
-            answer(sys.stdin, answers)
-    except (SecateurError, RuntimeError, ValueError, OSError, MemoryError) as error:
-        code = error.exit_code if isinstance(error, SecateurError) else 1
-        line = " ".join(str(error).split()) or type(error).__name__
-        print(json.dumps({"error": line, "code": code}), file=answers, flush=True)
-        sys.exit(code)
+    with quiet():
+        sys.exit(serve(sys.stdin, answers))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from secateur.errors import ModelError, SecateurError, UsageError
+from secateur.errors import DeviceError, ModelError, SecateurError, UsageError
 from secateur.models.branches import FOLDER, attach, load_branches
 from secateur.models.codes import decompress, holds_codes, prepare
 from secateur.models.gguf_once import parsed_once
@@ -169,6 +169,12 @@ def locate(source: str, revision: str | None = None) -> Place:
         )
     advice = "check the name and the connection, or give a local directory, a .gguf file or `demo`"
     return Place(source, {"revision": revision}, advice)
+
+
+def check_device(device: str) -> None:
+    """DeviceError where it is not here."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("--device cuda, but torch sees no CUDA device here; use --device cpu")
 
 
 def on_hub(place: Place) -> bool:

@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache
 
 from secateur.errors import DeviceError, UsageError
 from secateur.models.caches import cache_argument
-from secateur.models.load import load, locate
+from secateur.models.load import check_device, load, locate
 from secateur.models.openvino import MODEL, WEIGHTS, OpenVINOModel, is_openvino, lacks_amx, openvino, read_runtime
 from secateur.models.sparse24 import is_sparse24, load_sparse
 from secateur.models.sparse24_loader import SUFFIX, lacks
@@ -111,12 +111,17 @@ def _two_of_four(opened: Opened) -> Runner:
     return TorchRunner(model, {"chosen": [choice._asdict() for choice in report]})
 
 
-def _check_openvino(source: str) -> None:
+def _check_transformers(source: str, device: str) -> None:
+    locate(source)
+    check_device(device)
+
+
+def _check_openvino(source: str, device: str) -> None:
     openvino()
     read_runtime(Path(source))
 
 
-def _check_two_of_four(source: str) -> None:
+def _check_two_of_four(source: str, device: str) -> None:
     if lacking := lacks():
         raise DeviceError(lacking)
 
@@ -125,8 +130,8 @@ class Runtime(NamedTuple):
     """One way to open what lies in a directory."""
 
     open: Callable[[Opened], Runner]
-    check: Callable[[str], object]
-    """Refuses, before any process starts, what cannot be run here."""
+    check: Callable[[str, str], object]
+    """Refuses, before any process starts, what cannot be run here; takes a source and a device."""
     imports: Callable[[], object]
     """What it needs beside torch and transformers, so that memory can be told apart from the model's."""
     fits: Callable[[Path], bool]
@@ -137,7 +142,7 @@ class Runtime(NamedTuple):
 RUNTIMES = {
     "openvino": Runtime(_openvino, _check_openvino, openvino, is_openvino, (MODEL, WEIGHTS)),
     "torch-2:4": Runtime(_two_of_four, _check_two_of_four, tuple, is_sparse24, (f"*{SUFFIX}",)),
-    "transformers": Runtime(_transformers, locate, tuple, lambda _: True, ("*.safetensors", "*.gguf")),
+    "transformers": Runtime(_transformers, _check_transformers, tuple, lambda _: True, ("*.safetensors", "*.gguf")),
 }
 """Asked in this order; transformers opens whatever ``load`` does."""
 

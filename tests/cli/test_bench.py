@@ -101,9 +101,11 @@ def not_two_of_four(pruned, out):
         (("bench", "{good}", "{good}", "--batch", "1;8"), 2, "wanted numbers with commas"),
         (("bench", "{good}", "{good}", "--rounds", "0"), 2, "rounds 0; wanted at least 1"),
         (("bench", "{nowhere}", "{good}"), 1, "there is nothing at"),
+        (("bench", "{good}", "{good}", "--device", "cuda"), 1, "torch sees no CUDA device here; use --device cpu"),
     ],
 )
-def test_what_is_refused(words, code, said, run, two_of_four, tmp_path):
+def test_what_is_refused(words, code, said, run, two_of_four, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     places = {"good": two_of_four, "bad": tmp_path / "bad", "out": tmp_path / "out", "nowhere": tmp_path / "nowhere"}
     not_two_of_four(two_of_four, tmp_path / "bad")
     ran = run(*(word.format(**places) for word in words))

@@ -1,5 +1,6 @@
 """Statistics on rounds that are set, and the order in which models take turns."""
 
+import io
 import json
 import sys
 
@@ -9,7 +10,7 @@ import torch
 from secateur.errors import ProcessError, SecateurError, UsageError
 from secateur.evaluation import bench
 from secateur.evaluation.bench import BenchOptions, Spread, _ask, _cell, _rounds, _worker
-from secateur.evaluation.bench_worker import open_runner
+from secateur.evaluation.bench_worker import open_runner, serve
 from secateur.models.runners import Opened, file_bytes, greedy, runtime_of
 
 
@@ -99,6 +100,12 @@ def test_a_worker_that_fails(answer, kind, said, monkeypatch, tmp_path):
     with _worker(1) as worker, pytest.raises(kind, match=said):
         _ask(worker, {"facts": True})
     assert worker.poll() is not None
+
+
+def test_a_worker_has_a_word_for_every_failure():
+    answers = io.StringIO()
+    assert serve(io.StringIO('{"facts": true}\n'), answers) == 1
+    assert json.loads(answers.getvalue()) == {"error": "AssertionError: nothing was opened", "code": 1}
 
 
 def test_a_context_that_is_too_short(tiny_llama, byte_tokenizer, tmp_path):
