@@ -60,10 +60,10 @@ def command(
 
     options = BenchOptions(runtime, prompt, tokens, batches, rounds, threads or 0, dtype or "auto", device)
     if plot:
-        refuse_no_plot()
+        refuse_no_plot(plot)
     with on_stderr() as progress:
         progress.stage("measure")
         told = bench(dense, pruned, options, progress.update)
+    emit(as_json, told, *bench_page(told))
     if plot:
         draw(told, plot)
-    emit(as_json, told, *bench_page(told))

@@ -1,5 +1,6 @@
 """What ``secateur bench`` prints and draws."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,12 @@ def _milliseconds(spread: dict[str, float]) -> str:
 # ---- the plot
 
 
-def refuse_no_plot() -> None:
+def refuse_no_plot(path: Path) -> None:
     """UsageError before anything is measured that could not be drawn."""
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(
+            f"--plot {path}, but nothing can be written to {path.parent}; make that folder, or name another"
+        )
     if find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib; install it with `pip install -e '.[report]'` in the clone")
 

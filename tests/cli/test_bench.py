@@ -40,6 +40,20 @@ def test_dense_against_pruned(run, model_dir, tmp_path):
     assert "under load" in words
 
 
+def test_a_plot_that_fails_costs_no_measurement(run, monkeypatch, tmp_path):
+    """Told first, then drawn."""
+
+    def full(told, path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("secateur.evaluation.bench.bench", lambda *_: {"cells": []})
+    monkeypatch.setattr("secateur.report.bench_page.bench_page", lambda told: ["measured"])
+    monkeypatch.setattr("secateur.report.bench_page.draw", full)
+    ran = run("bench", "a", "b", "--plot", tmp_path / "bench.svg")
+    assert (ran.code, ran.out) == (1, "measured\n")
+    assert "bench.svg: No space left" in ran.error
+
+
 @pytest.fixture(scope="module")
 def two_of_four(run, model_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("pruned") / "out"
@@ -101,6 +115,7 @@ def not_two_of_four(pruned, out):
         (("bench", "{good}", "{good}", "--batch", "1;8"), 2, "wanted numbers with commas"),
         (("bench", "{good}", "{good}", "--rounds", "0"), 2, "rounds 0; wanted at least 1"),
         (("bench", "{nowhere}", "{good}"), 1, "there is nothing at"),
+        (("bench", "{good}", "{good}", "--plot", "{nowhere}/bench.svg"), 2, "nothing can be written to"),
         (("bench", "{good}", "{good}", "--device", "cuda"), 1, "torch sees no CUDA device here; use --device cpu"),
     ],
 )
