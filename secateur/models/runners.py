@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from secateur.errors import DeviceError, UsageError
+from secateur.models.branches import FOLDER
 from secateur.models.caches import cache_argument
 from secateur.models.load import check_device, load, locate
 from secateur.models.openvino import MODEL, WEIGHTS, OpenVINOModel, is_openvino, lacks_amx, openvino, read_runtime
@@ -142,7 +143,13 @@ class Runtime(NamedTuple):
 RUNTIMES = {
     "openvino": Runtime(_openvino, _check_openvino, openvino, is_openvino, (MODEL, WEIGHTS)),
     "torch-2:4": Runtime(_two_of_four, _check_two_of_four, tuple, is_sparse24, (f"*{SUFFIX}",)),
-    "transformers": Runtime(_transformers, _check_transformers, tuple, lambda _: True, ("*.safetensors", "*.gguf")),
+    "transformers": Runtime(
+        _transformers,
+        _check_transformers,
+        tuple,
+        lambda _: True,
+        ("*.safetensors", "*.gguf", f"{FOLDER}/*.safetensors"),
+    ),
 }
 """Asked in this order; transformers opens whatever ``load`` does."""
 

@@ -75,6 +75,10 @@ def test_the_runtime_goes_by_what_lies_there(tmp_path):
         (tmp_path / name).write_bytes(b"1234")
     assert runtime_of(str(tmp_path)) == runtime_of(str(tmp_path), "openvino") == "openvino"
     assert file_bytes(str(tmp_path), "openvino") == 8
+    (tmp_path / "low_rank").mkdir()
+    for name in ("config.json", "model.safetensors", "low_rank/adapter_model.safetensors"):
+        (tmp_path / name).write_bytes(b"123")
+    assert file_bytes(str(tmp_path), "transformers") == 6
     assert runtime_of("some/model") == "transformers"
     with pytest.raises(UsageError, match="was exported to openvino and transformers is wanted"):
         runtime_of(str(tmp_path), "transformers")
