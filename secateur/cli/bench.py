@@ -24,9 +24,11 @@ def _numbers(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ..
     show_default=True,
     help="auto goes by what lies in each directory.",
 )
-@click.option("--prompt", type=int, default=128, show_default=True, help="Tokens of a prompt.")
+@click.option("--prompt", "prompts", default="128", show_default=True, callback=_numbers, help="Tokens of a prompt.")
 @click.option("--tokens", type=int, default=32, show_default=True, help="Tokens generated, after the first.")
-@click.option("--batch", "batches", default="1,8", show_default=True, callback=_numbers, help="Rows at once.")
+@click.option(
+    "--batch", "batches", default="1,8", show_default=True, callback=_numbers, help="Rows at once, with each prompt."
+)
 @click.option("--rounds", type=int, default=5, show_default=True, help="Rounds that count, after one that does not.")
 @click.option("--threads", type=click.IntRange(min=1), help="Of each model; default OMP_NUM_THREADS, or all cores.")
 @click.option(
@@ -40,7 +42,7 @@ def command(
     dense: str,
     pruned: str,
     runtime: str,
-    prompt: int,
+    prompts: tuple[int, ...],
     tokens: int,
     batches: tuple[int, ...],
     rounds: int,
@@ -58,7 +60,7 @@ def command(
     from secateur.report.bench_page import bench_page, draw, refuse_no_plot
     from secateur.report.progress import on_stderr
 
-    options = BenchOptions(runtime, prompt, tokens, batches, rounds, threads or 0, dtype or "auto", device)
+    options = BenchOptions(runtime, prompts, tokens, batches, rounds, threads or 0, dtype or "auto", device)
     if plot:
         refuse_no_plot(plot)
     with on_stderr() as progress:

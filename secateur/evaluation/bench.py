@@ -1,9 +1,9 @@
 """Two models beside one another: time to the first token, tokens a second, memory, file size.
 
 Each model runs in a process of its own, so that its memory is its own. They take turns: in every round each batch size
-is measured on one model and at once on the other, the order changing from round to round, so that what the machine does
-meanwhile hits both. Told are medians over rounds with the quartiles; the speed-up is the median of the rounds' ratios.
-The first round warms up and does not count. The process that waits does not spin.
+with each length of prompt is measured on one model and at once on the other, the order changing from round to round, so
+that what the machine does meanwhile hits both. Told are medians over rounds with the quartiles; the speed-up is the
+median of the rounds' ratios. The first round warms up and does not count. The process that waits does not spin.
 """
 
 import json
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import psutil
 
@@ -29,18 +29,25 @@ BUSY = 0.3
 """Load average, before anything is measured, from which on numbers are said to be taken under load."""
 
 
+class Shape(NamedTuple):
+    """So many rows of so many tokens."""
+
+    batch: int
+    prompt: int
+
+
 @dataclass(frozen=True)
 class BenchOptions:
     """What is measured."""
 
     runtime: str = "auto"
     """Of both models; auto goes by what lies in each directory, which may differ."""
-    prompt: int = 128
+    prompts: tuple[int, ...] = (128,)
     """Tokens of each row before the first new one."""
     tokens: int = 32
     """New tokens after the first, each timed."""
     batches: tuple[int, ...] = (1, 8)
-    """Rows at once."""
+    """Rows at once; each is measured with each prompt."""
     rounds: int = 5
     """Rounds that count."""
     threads: int = 0
@@ -51,11 +58,16 @@ class BenchOptions:
     """Of transformers' models."""
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "tokens", "rounds"):
+        for name in ("tokens", "rounds"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} {getattr(self, name)}; wanted at least 1")
-        if not self.batches or min(self.batches) < 1:
-            raise UsageError(f"batches {self.batches}; wanted at least one, of 1 row or more")
+        for name in ("prompts", "batches"):
+            if min(getattr(self, name), default=0) < 1:
+                raise UsageError(f"{name} {getattr(self, name)}; wanted at least one, all of them 1 or more")
+
+    @property
+    def shapes(self) -> list["Shape"]:
+        return [Shape(batch, prompt) for batch in self.batches for prompt in self.prompts]
 
     @property
     def used_threads(self) -> int:
@@ -81,10 +93,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class Cell:
-    """One phase at one batch size. Seconds of a prompt, or of one token of every row."""
+    """One phase at one batch size and length of prompt. Seconds of a prompt, or of one token of every row."""
 
     phase: Phase
     batch: int
+    prompt: int
     seconds: tuple[Spread, Spread]
     """Dense, pruned."""
     tokens_per_second: tuple[float, float]
@@ -120,28 +133,29 @@ def bench(dense: str, pruned: str, options: BenchOptions, update: Callable[[int,
         }
         for source, runtime, fact, answers in zip(sources, runtimes, facts, _by_model(taken), strict=True)
     ]
-    cells = [asdict(_cell(phase, batch, taken, options)) for phase in PHASES for batch in options.batches]
+    cells = [asdict(_cell(phase, shape, taken[shape])) for phase in PHASES for shape in options.shapes]
     used = {**asdict(options), "threads": options.used_threads}
     return {"dense": models[0], "pruned": models[1], "cells": cells, "options": used, "machine": _machine(load)}
 
 
-Taken = dict[int, list[tuple[dict[str, Any], dict[str, Any]]]]
-"""By batch: what both models answered in each round that counts."""
+Rounds = list[tuple[dict[str, Any], dict[str, Any]]]
+"""What both models answered in each round that counts."""
+Taken = dict[Shape, Rounds]
 
 
 def _rounds(workers: Sequence[subprocess.Popen[str]], options: BenchOptions, update: Callable[..., None]) -> Taken:
-    taken: Taken = {batch: [] for batch in options.batches}
-    total, done = (options.rounds + 1) * len(options.batches) * len(workers), 0
+    taken: Taken = {shape: [] for shape in options.shapes}
+    total, done = (options.rounds + 1) * len(taken) * len(workers), 0
     for turn in range(options.rounds + 1):
-        for batch in options.batches:
-            request = {"batch": batch, "prompt": options.prompt, "tokens": options.tokens}
+        for shape, answered in taken.items():
+            request = {**shape._asdict(), "tokens": options.tokens}
             answers: dict[int, dict[str, Any]] = {}
             for which in (0, 1) if turn % 2 == 0 else (1, 0):
                 answers[which] = _ask(workers[which], request)
                 done += 1
-                update(done, total, f"batch {batch}")
+                update(done, total, f"batch {shape.batch}, prompt {shape.prompt}")
             if turn:
-                taken[batch].append((answers[0], answers[1]))
+                answered.append((answers[0], answers[1]))
     return taken
 
 
@@ -156,13 +170,13 @@ def _by_model(taken: Taken) -> list[list[dict[str, Any]]]:
     return [[pair[which] for pair in rounds] for which in (0, 1)]
 
 
-def _cell(phase: Phase, batch: int, taken: Taken, options: BenchOptions) -> Cell:
-    dense, pruned = ([_seconds(pair[which], phase) for pair in taken[batch]] for which in (0, 1))
+def _cell(phase: Phase, shape: Shape, rounds: Rounds) -> Cell:
+    dense, pruned = ([_seconds(pair[which], phase) for pair in rounds] for which in (0, 1))
     spreads = (Spread.of(dense), Spread.of(pruned))
-    tokens = batch * (options.prompt if phase == "prefill" else 1)
+    tokens = shape.batch * (shape.prompt if phase == "prefill" else 1)
     rates = (tokens / spreads[0].median, tokens / spreads[1].median)
     ratios = [one / other for one, other in zip(dense, pruned, strict=True)]
-    return Cell(phase, batch, spreads, rates, Spread.of(ratios))
+    return Cell(phase, *shape, spreads, rates, Spread.of(ratios))
 
 
 def _seconds(answer: dict[str, Any], phase: Phase) -> float:
@@ -200,9 +214,9 @@ def _worker(threads: int) -> Iterator[subprocess.Popen[str]]:
 
 
 def _opening(source: str, runtime: str, options: BenchOptions) -> dict[str, Any]:
-    most = options.prompt * max(options.batches)
-    opened = Opened(source, options.used_threads, options.dtype, options.device, most)
-    return {"open": opened._asdict(), "runtime": runtime, "needed": options.prompt + options.tokens}
+    longest = max(options.prompts)
+    opened = Opened(source, options.used_threads, options.dtype, options.device, longest * max(options.batches))
+    return {"open": opened._asdict(), "runtime": runtime, "needed": longest + options.tokens}
 
 
 def _ask(worker: subprocess.Popen[str], request: dict[str, Any]) -> dict[str, Any]:

@@ -17,9 +17,11 @@ WORDS = {"prefill": "first token of a prompt", "decode": "each further token"}
 
 
 def bench_page(told: dict[str, Any]) -> list[RenderableType]:
-    """Time by phase and batch, then memory and files, then how it was measured."""
+    """Time by phase, batch and prompt, then memory and files, then how it was measured."""
     dense, pruned, options, machine = (told[name] for name in ("dense", "pruned", "options", "machine"))
-    table = Table("", "batch", "dense", "tokens/s", "pruned", "tokens/s", "faster", box=None, header_style="bold")
+    table = Table(
+        "", "batch", "prompt", "dense", "tokens/s", "pruned", "tokens/s", "faster", box=None, header_style="bold"
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     for cell in told["cells"]:
@@ -32,7 +34,7 @@ def bench_page(told: dict[str, Any]) -> list[RenderableType]:
         f" (and {size(dense['memory'] - dense['own_memory'])} and {size(pruned['memory'] - pruned['own_memory'])} for"
         " interpreter and libraries)",
         "files": f"{size(dense['file_bytes'])} and {size(pruned['file_bytes'])}",
-        "measured": f"prompt {options['prompt']}, {options['tokens']} tokens, {options['rounds']} rounds in turns,"
+        "measured": f"{options['tokens']} tokens, {options['rounds']} rounds in turns,"
         f" {options['threads']} threads; median, quartiles in brackets",
         "machine": f"{machine['processor']}, {machine['cores']} cores, load {machine['load_before']:.2f} before",
     }
@@ -62,6 +64,7 @@ def _cells(cell: dict[str, Any]) -> list[str]:
     return [
         WORDS[cell["phase"]],
         str(cell["batch"]),
+        str(cell["prompt"]),
         *numbers,
         f"{faster['median']:.2f}x ({faster['low']:.2f} to {faster['high']:.2f})",
     ]
@@ -103,7 +106,8 @@ def draw(told: dict[str, Any], path: Path) -> None:
             high = [rate * (s["median"] / s["low"] - 1) for rate, s in zip(rates, spreads, strict=True)]
             at = [index + 0.4 * which - 0.2 for index in range(len(cells))]
             place.bar(at, rates, 0.38, yerr=[low, high], capsize=3, label=name)
-        place.set_xticks(range(len(cells)), [f"batch {cell['batch']}" for cell in cells])
+        place.set_xticks(range(len(cells)), [f"{cell['batch']} x {cell['prompt']}" for cell in cells])
+        place.set_xlabel("batch x prompt")
         place.set_title(words)
         place.set_ylabel("tokens/s")
     places[0].legend()

@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 
 def test_dense_against_pruned(run, model_dir, tmp_path):
     """Two real processes, two random models: that all of it is told, not how fast they are."""
-    ran = run("bench", model_dir, model_dir, "--prompt", 16, "--tokens", 2, "--batch", "1,2", "--rounds", 2, "--json",
-              "--plot", tmp_path / "bench.svg", "--threads", 1)  # fmt: skip
+    ran = run("bench", model_dir, model_dir, "--prompt", "16,8", "--tokens", 2, "--batch", "1,2", "--rounds", 2,
+              "--json", "--plot", tmp_path / "bench.svg", "--threads", 1)  # fmt: skip
     assert ran.code == 0, ran.err
     told = ran.json
-    assert [(cell["phase"], cell["batch"]) for cell in told["cells"]] == [
-        ("prefill", 1), ("prefill", 2), ("decode", 1), ("decode", 2),
-    ]  # fmt: skip
+    assert [(cell["phase"], cell["batch"], cell["prompt"]) for cell in told["cells"]] == [
+        (phase, batch, prompt) for phase in ("prefill", "decode") for batch in (1, 2) for prompt in (16, 8)
+    ]
     for cell in told["cells"]:
         assert 0 < cell["speedup"]["low"] <= cell["speedup"]["median"] <= cell["speedup"]["high"]
         assert min(cell["tokens_per_second"]) > 0
@@ -113,6 +113,7 @@ def not_two_of_four(pruned, out):
         (("export", "{nowhere}", "--to", "torch-2:4", "--out", "{out}"), 1, "no directory"),
         (("bench", "{good}", "{good}", "--runtime", "openvino"), 2, "is not for openvino; first run `secateur export"),
         (("bench", "{good}", "{good}", "--batch", "1;8"), 2, "wanted numbers with commas"),
+        (("bench", "{good}", "{good}", "--prompt", "8,0"), 2, "prompts (8, 0); wanted at least one"),
         (("bench", "{good}", "{good}", "--rounds", "0"), 2, "rounds 0; wanted at least 1"),
         (("bench", "{nowhere}", "{good}"), 1, "there is nothing at"),
         (("bench", "{good}", "{good}", "--plot", "{nowhere}/bench.svg"), 2, "nothing can be written to"),

@@ -9,7 +9,7 @@ import torch
 
 from secateur.errors import ProcessError, SecateurError, UsageError
 from secateur.evaluation import bench
-from secateur.evaluation.bench import BenchOptions, Spread, _ask, _cell, _rounds, _worker
+from secateur.evaluation.bench import BenchOptions, Shape, Spread, _ask, _cell, _rounds, _worker
 from secateur.evaluation.bench_worker import open_runner, serve
 from secateur.models.runners import Opened, file_bytes, greedy, runtime_of
 
@@ -28,12 +28,12 @@ def test_a_cell_is_medians_and_the_rounds_ratios():
         )
         for slow in (1.0, 1.0, 2.0)
     ]
-    options = BenchOptions(prompt=10, batches=(8,))
-    cell = _cell("prefill", 8, {8: rounds}, options)
+    cell = _cell("prefill", Shape(8, 10), rounds)
+    assert (cell.batch, cell.prompt) == (8, 10)
     assert cell.speedup == Spread(2.0, 2.0, 2.0)
     assert cell.seconds[0] == Spread(4.0, 4.0, 6.0)
     assert cell.tokens_per_second == (8 * 10 / 4.0, 8 * 10 / 2.0)
-    cell = _cell("decode", 8, {8: rounds}, options)
+    cell = _cell("decode", Shape(8, 10), rounds)
     assert cell.tokens_per_second == (8 / 0.2, 8 / 0.1)
     assert cell.seconds[0].median == 0.2  # the token that was disturbed does not count
 
@@ -42,24 +42,26 @@ def test_models_take_turns_and_the_first_round_does_not_count(monkeypatch):
     asked, told = [], []
 
     def ask(worker, request):
-        asked.append((worker, request["batch"]))
+        asked.append((worker, request["batch"], request["prompt"]))
         return {"prefill": len(asked), "decode": [1.0], "memory": 1}
 
     monkeypatch.setattr(bench, "_ask", ask)
-    taken = _rounds(["d", "p"], BenchOptions(batches=(1, 8), rounds=2), lambda *words: told.append(words))  # pyright: ignore
-    one = [("d", 1), ("p", 1), ("d", 8), ("p", 8)]
-    other = [("p", 1), ("d", 1), ("p", 8), ("d", 8)]
+    options = BenchOptions(prompts=(16, 32), batches=(1, 8), rounds=2)
+    taken = _rounds(["d", "p"], options, lambda *words: told.append(words))  # pyright: ignore
+    loads = [(1, 16), (1, 32), (8, 16), (8, 32)]
+    one = [(which, *load) for load in loads for which in "dp"]
+    other = [(which, *load) for load in loads for which in "pd"]
     assert asked == one + other + one
-    assert [[pair[0]["prefill"] < pair[1]["prefill"] for pair in taken[batch]] for batch in (1, 8)] == [
+    assert [[pair[0]["prefill"] < pair[1]["prefill"] for pair in taken[shape]] for shape in options.shapes] == [
         [False, True]
-    ] * 2
-    assert told[-1] == (12, 12, "batch 8")
+    ] * 4
+    assert told[-1] == (24, 24, "batch 8, prompt 32")
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"prompt": 0}, "prompt 0"),
+        ({"prompts": (8, 0)}, "prompts"),
         ({"rounds": 0}, "rounds 0"),
         ({"batches": ()}, "batches"),
         ({"batches": (0,)}, "batches"),
