@@ -20,7 +20,7 @@ from secateur.data.sources import Texts, read_texts
 from secateur.errors import UsageError
 from secateur.evaluation.perplexity import PerplexityResult, evaluate_text
 from secateur.evaluation.tasks import Score, ScorePair, check_tasks, scores, task_list
-from secateur.models.load import Loaded, load
+from secateur.models.load import Loaded, check_source, load
 from secateur.models.offload import moved
 from secateur.models.save import refuse_occupied
 from secateur.pruning.ranks import launched
@@ -171,6 +171,7 @@ def evaluate(
     """Perplexity of a model, and of a baseline beside it, on each text. ``limit`` windows of ``seq_len`` at most."""
     watch = Stopwatch(progress)
     texts = [read_texts(name, "evaluation") for name in ([data] if isinstance(data, str) else data)]
+    _check_baseline(baseline)
 
     def measure(which: "Source") -> list[PerplexityResult]:
         with _opened(which, tokenizer, device, dtype, watch) as loaded:
@@ -201,6 +202,7 @@ def evaluate_tasks(
     watch = Stopwatch(progress)
     wanted = task_list([tasks] if isinstance(tasks, str) else tasks)
     check_tasks(wanted)
+    _check_baseline(baseline)
 
     def measure(which: "Source") -> list[Score]:
         with _opened(which, tokenizer, device, dtype, watch) as loaded:
@@ -213,6 +215,12 @@ def evaluate_tasks(
     if baseline is None:
         return [ScorePair(score) for score in found]
     return [ScorePair(score, other) for score, other in zip(found, measure(baseline), strict=True)]
+
+
+def _check_baseline(baseline: "Source | None") -> None:
+    """ModelError for one that is not there, before the other model is measured."""
+    if isinstance(baseline, str | os.PathLike):
+        check_source(os.fspath(baseline))
 
 
 @contextmanager

@@ -171,6 +171,14 @@ def locate(source: str, revision: str | None = None) -> Place:
     return Place(source, {"revision": revision}, advice)
 
 
+def check_source(source: str) -> None:
+    """ModelError where nothing usable lies, before time is spent on something else; of a hub model the config is read."""
+    place = locate(source)
+    if "gguf_file" not in place.options:
+        with quiet(), in_one_line(source, place.advice):
+            read_config(place, source, codes=True)
+
+
 def check_device(device: str) -> None:
     """DeviceError where it is not here."""
     if device == "cuda" and not torch.cuda.is_available():

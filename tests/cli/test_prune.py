@@ -295,6 +295,14 @@ def test_eval_beside_a_baseline(pruned, run, model_dir, text_file):
     assert "3/3" in table.err
 
 
+@pytest.mark.parametrize("typo", ["TYPO", "./typo"], ids=["on no hub", "no directory"])
+def test_a_baseline_that_is_not_there_costs_no_measurement(typo, run, model_dir, text_file):
+    ran = run("eval", model_dir, "--baseline", typo, "--data", text_file, "--seq-len", "128")
+    assert ran.code == 1
+    assert typo in ran.error
+    assert "perplexity of" not in ran.err
+
+
 def test_eval_of_one_model(run, model_dir, text_file):
     ran = run("eval", model_dir, "--data", text_file, "--seq-len", "128")
     assert ran.code == 0, ran.err
