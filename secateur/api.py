@@ -28,7 +28,7 @@ from secateur.report.artefact import finished_report
 from secateur.report.comparison import Comparison, compare
 from secateur.report.facts import Stopwatch
 from secateur.report.progress import Progress
-from secateur.runs import Result, Run, open_model, resolve_device
+from secateur.runs import Result, Run, lasting, open_model, resolve_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,8 +57,16 @@ def _place(out: str | os.PathLike[str]) -> Path:
     return Path(os.path.abspath(Path(out).expanduser()))
 
 
-def _written(place: Path, resume: bool, prepare: Callable[[], Prepared[Record]]) -> Result[Record]:
-    """The run to a directory; nothing is done where it is complete and to be gone on with."""
+def _written(
+    place: Path, resume: bool, prepare: Callable[[], Prepared[Record]], *sources: "Source | None"
+) -> Result[Record]:
+    """The run to a directory; nothing is done where it is complete and to be gone on with.
+
+    UsageError where it is one of ``sources``, which the result would replace.
+    """
+    for source in sources:
+        if isinstance(source, str | os.PathLike) and Path(lasting(os.fspath(source))).is_relative_to(place.resolve()):
+            raise UsageError(f"{source} is read by this run, which would replace it at {place}; choose another --out")
     refuse_occupied(place, overwrite=True)
     run = prepare()
     if resume and (report := finished_report(place / "secateur", run.identity)) is not None:
@@ -88,7 +96,7 @@ def prune(
     with launched() as ranks:
         if out is None:
             return Run.prepare(model, tokenizer, config, watch, ranks).in_memory()
-        return _written(_place(out), resume, lambda: Run.prepare(model, tokenizer, config, watch, ranks))
+        return _written(_place(out), resume, lambda: Run.prepare(model, tokenizer, config, watch, ranks), model)
 
 
 def load_pruned(
@@ -124,7 +132,7 @@ def train(
 
     place, watch = _place(out), Stopwatch(progress)
     logs = place.with_name(place.name + ".logs")
-    return _written(place, resume, lambda: TrainRun.prepare(student, teacher, config, watch, logs))
+    return _written(place, resume, lambda: TrainRun.prepare(student, teacher, config, watch, logs), student, teacher)
 
 
 # ---- quantization
@@ -149,7 +157,7 @@ def quantize(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("quantize runs in one process; start it without torchrun")
     watch = Stopwatch(progress)
-    return _written(_place(out), resume, lambda: QuantizeRun.prepare(model, tokenizer, config, watch))
+    return _written(_place(out), resume, lambda: QuantizeRun.prepare(model, tokenizer, config, watch), model)
 
 
 # ---- evaluation

@@ -172,7 +172,7 @@ def locate(source: str, revision: str | None = None) -> Place:
 
 
 def check_source(source: str) -> None:
-    """ModelError where nothing usable lies, before time is spent on something else; of a hub model the config is read."""
+    """ModelError where nothing usable lies, before time is spent elsewhere. Reads the config of a hub model."""
     place = locate(source)
     if "gguf_file" not in place.options:
         with quiet(), in_one_line(source, place.advice):

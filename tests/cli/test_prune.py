@@ -295,6 +295,25 @@ def test_eval_beside_a_baseline(pruned, run, model_dir, text_file):
     assert "3/3" in table.err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("prune", "{out}", "--sparsity", "0.9", "--method", "magnitude"),
+        ("quantize", "{out}/../out", "--method", "rtn"),
+        ("train", "{out}", "--data", "embedded", "--tokens", "1000000", "--pattern", "2:4"),
+        ("train", "{model}", "--teacher", "{out}", "--data", "embedded", "--tokens", "1000000", "--pattern", "2:4"),
+    ],
+    ids=["prune", "quantize", "student", "teacher"],
+)
+def test_a_run_does_not_replace_what_it_reads(words, pruned, run, model_dir, tmp_path, files):
+    out = shutil.copytree(pruned[0], tmp_path / "out")
+    before = files(out)
+    ran = run(*(word.format(out=out, model=model_dir) for word in words), "--out", out)
+    assert ran.code == 2
+    assert f"would replace it at {out}; choose another --out" in ran.error
+    assert files(out) == before
+
+
 @pytest.mark.parametrize("typo", ["TYPO", "./typo"], ids=["on no hub", "no directory"])
 def test_a_baseline_that_is_not_there_costs_no_measurement(typo, run, model_dir, text_file):
     ran = run("eval", model_dir, "--baseline", typo, "--data", text_file, "--seq-len", "128")
