@@ -48,7 +48,8 @@ class ExportOptions:
     samples: int = 32
     """Windows that calibrate."""
     held_out: int = 8
-    """Windows that check, of the text's evaluation part."""
+    """Windows that check, of the text's evaluation part; of a text without parts the first ones, which then do not
+    calibrate."""
     seq_len: int = 512
     """Tokens of a window; never more than the model's context."""
     seed: int = 0
@@ -123,13 +124,12 @@ def _texts(loaded: Loaded, options: ExportOptions) -> Texts:
     context = getattr(loaded.model.config, "max_position_embeddings", None) or options.seq_len
     seq_len = min(options.seq_len, context)
     check_seq_len(seq_len, context)
-    tokens, held = (
-        tokenize(read_texts(options.data, part), loaded.tokenizer) for part in ("calibration", "evaluation")
-    )
-    generator = torch.Generator().manual_seed(options.seed)
-    return Texts(
-        sample_windows(tokens, options.samples, seq_len, generator), eval_windows(held, seq_len, options.held_out)
-    )
+    shown, held = read_texts(options.data, "calibration"), read_texts(options.data, "evaluation")
+    check = eval_windows(tokenize(held, loaded.tokenizer), seq_len, options.held_out)
+    tokens = tokenize(shown, loaded.tokenizer)
+    if shown.provenance["sha256"] == held.provenance["sha256"]:  # a local file
+        tokens = tokens[check.numel() :]
+    return Texts(sample_windows(tokens, options.samples, seq_len, torch.Generator().manual_seed(options.seed)), check)
 
 
 def _loss(model: Any, windows: torch.Tensor) -> float:

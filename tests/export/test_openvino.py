@@ -6,6 +6,8 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from secateur.errors import ArtefactError, DeviceError, ModelError, UsageError
 from secateur.evaluation.bench_worker import measure, open_runner
 from secateur.export.int8 import Int8Linear, Int8Record, calibrate, to_int8
 from secateur.export.openvino import OpenVINOOptions, sparse_properties
+from secateur.exports import _texts
 from secateur.models.openvino import PRECISE, RUNTIME, SPARSE_RATE, OpenVINOModel, crc32_of, lacks_amx
 from secateur.models.runners import Opened
 
@@ -135,6 +138,17 @@ def options(tmp_path_factory) -> ExportOptions:
     text = tmp_path_factory.mktemp("text") / "text.txt"
     text.write_text(" ".join(str(number * number) for number in range(600)))
     return ExportOptions(str(text), samples=4, held_out=2, seq_len=64)
+
+
+def test_what_checks_does_not_calibrate(byte_tokenizer, tmp_path):
+    """One file for both: with just enough text, calibration is all but the windows held out."""
+    text = "".join(f"{number:04}" for number in range(128))
+    (tmp_path / "text.txt").write_text(text)
+    loaded: Any = SimpleNamespace(model=SimpleNamespace(config=LlamaConfig()), tokenizer=byte_tokenizer)
+    made = _texts(loaded, ExportOptions(str(tmp_path / "text.txt"), samples=6, held_out=2, seq_len=64))
+    tokens = torch.tensor(byte_tokenizer(text)["input_ids"]).view(8, 64)
+    assert torch.equal(made.held_out, tokens[:2])
+    assert sorted(made.calibration.tolist()) == sorted(tokens[2:].tolist())
 
 
 @pytest.fixture(scope="module")
