@@ -115,12 +115,14 @@ def _tables_to_int8(model: PreTrainedModel) -> None:
     """Embedding and head where they are the plain ones; whoever scales what it looks up keeps its float numbers."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
-    made: dict[int, tuple[Tensor, Tensor]] = {}
+    made: dict[int, Iterable[Tensor]] = {}
     for module, kind in ((embedding, nn.Embedding), (head, nn.Linear)):
         if type(module) is not kind:
             continue
         weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
-        codes, scale = made.setdefault(weight.data_ptr(), tuple(map(nn.Buffer, row_codes(weight.detach()))))  # pyright: ignore[reportArgumentType]
+        if weight.data_ptr() not in made:
+            made[weight.data_ptr()] = [nn.Buffer(tensor) for tensor in row_codes(weight.detach())]
+        codes, scale = made[weight.data_ptr()]
         bias = getattr(module, "bias", None)
         table = Int8Table(codes, scale, bias, looks_up=kind is nn.Embedding)
         model.set_submodule(names[id(module)], table)

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from secateur import ExportOptions, export_to
 from secateur.errors import ArtefactError, DeviceError, ModelError, UsageError
 from secateur.evaluation.bench_worker import measure, open_runner
-from secateur.export.int8 import Int8Linear, Int8Record, calibrate, to_int8
+from secateur.export import int8
+from secateur.export.int8 import Int8Linear, Int8Record, calibrate, row_codes, to_int8
 from secateur.export.openvino import OpenVINOOptions, sparse_properties
 from secateur.exports import _texts
 from secateur.models.openvino import PRECISE, RUNTIME, SPARSE_RATE, OpenVINOModel, crc32_of, lacks_amx
@@ -138,6 +139,14 @@ def options(tmp_path_factory) -> ExportOptions:
     text = tmp_path_factory.mktemp("text") / "text.txt"
     text.write_text(" ".join(str(number * number) for number in range(600)))
     return ExportOptions(str(text), samples=4, held_out=2, seq_len=64)
+
+
+def test_a_tied_table_is_coded_once(tiny_llama, monkeypatch):
+    calls = []
+    monkeypatch.setattr(int8, "row_codes", lambda W: calls.append(W.shape) or row_codes(W))
+    int8._tables_to_int8(tiny_llama)
+    assert calls == [(128, 32)]
+    assert tiny_llama.lm_head.codes is tiny_llama.model.embed_tokens.codes
 
 
 def test_what_checks_does_not_calibrate(byte_tokenizer, tmp_path):
