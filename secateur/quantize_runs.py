@@ -24,6 +24,7 @@ from secateur.core.plan import Plan, Target
 from secateur.data.sources import Texts, read_texts
 from secateur.errors import ArtefactError, UsageError
 from secateur.evaluation.inspect import Checkpoint, Inspection, read_promises
+from secateur.export.directory import file_bytes, stored_sizes
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.branches import attached
 from secateur.models.grids import check_carriers, divisions, note_input
@@ -137,7 +138,9 @@ class QuantizeRun:
             with staged(out, overwrite=True) as folder:
                 stored, found = self.save(folder, records)
                 zeros = {row.name: row.zeros for row in found.rows}
-                report = self.report(records, storage_of(stored, zeros).to_dict())
+                report = self.report(
+                    records, storage_of(stored, zeros, stored_sizes(folder), file_bytes(folder)).to_dict()
+                )
                 report |= {"out": str(out), "resumed_after_blocks": before} | self.watch.spent()
                 write_report(folder / "secateur", report)
             clear_leftovers(out)

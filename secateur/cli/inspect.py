@@ -22,9 +22,9 @@ def command(directory: Path, baseline: str | None, as_json: bool) -> int:
     would be smaller is told.
     """
     from secateur.evaluation.inspect import Checkpoint, inspect
-    from secateur.export.directory import is_packed, load_packed
+    from secateur.export.directory import file_bytes, form_of, load_packed, stored_sizes
     from secateur.models.load import load
-    from secateur.models.sparse24 import dense_state, is_sparse24
+    from secateur.models.sparse24 import dense_state
     from secateur.models.stored import stored_state
     from secateur.quantization.accounting import storage_of
     from secateur.quantization.compressed import Dequantized, is_quantized
@@ -33,19 +33,25 @@ def command(directory: Path, baseline: str | None, as_json: bool) -> int:
     from secateur.report.stored_page import room_lines, room_of
     from secateur.report.tables import inspect_tables
 
+    openers = {"dense": Checkpoint, "sparse-safetensors": load_packed, "torch-2:4": dense_state}
     reference = None
     if baseline is not None:
         reference = stored_state(load(baseline, dtype="auto").model)
-    packed = load_packed(directory) if is_packed(directory) else None
-    tensors = dense_state(directory) if is_sparse24(directory) else packed
-    codes = Dequantized(directory, tensors or Checkpoint(directory)) if is_quantized(directory) else None
+    form = form_of(directory)
+    tensors = openers[form](directory)
+    codes = Dequantized(directory, tensors) if is_quantized(directory) else None
     found = inspect(directory, reference, tensors if codes is None else codes)
-    storage = storage_of(codes, {row.name: row.zeros for row in found.rows}).to_dict() if codes else None
-    room = room_of(found) if found.promised and not storage else None
-    told = {**found.to_dict(), "packed": packed is not None, "quantized": storage, "room": room}
+    packed, taken = form != "dense", file_bytes(directory)
+    storage = room = None
+    if codes is not None:
+        zeros = {row.name: row.zeros for row in found.rows}
+        storage = storage_of(codes, zeros, stored_sizes(directory), taken).to_dict()
+    elif found.promised:
+        room = room_of(found, form, taken)
+    told = {**found.to_dict(), "packed": packed, "quantized": storage, "room": room}
     lines = [
-        *(packed_lines(found.path) if packed else []),
-        *(quantized_lines(storage) if storage else []),
+        *(packed_lines(found.path) if form == "sparse-safetensors" else []),
+        *(quantized_lines(storage, packed=packed) if storage else []),
         *(room_lines(room, found.elements) if room else []),
     ]
     emit(as_json, told, *inspect_tables(found), *lines)

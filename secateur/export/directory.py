@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from secateur.errors import ArtefactError, UsageError
-from secateur.export.container import AGAIN, parse_json
+from secateur.export.container import AGAIN, parse_json, read_header
 from secateur.export.sizes import Sizes, sizes_of
 from secateur.export.sparse_safetensors import Done, PackedFile, pack_file, unpack_file
 from secateur.models.branches import FOLDER
-from secateur.models.headers import INDEX, SPARSE
+from secateur.models.headers import INDEX, SPARSE, Size
 from secateur.models.save import staged
 from secateur.models.sparse24 import is_sparse24
 
@@ -113,6 +113,34 @@ def packed_files(directory: Path) -> list[PackedFile]:
 
 def is_packed(directory: Path) -> bool:
     return any(directory.glob(f"*{SPARSE}"))
+
+
+def form_of(directory: Path) -> str:
+    """ "dense", or the target of an export that packed it."""
+    return "sparse-safetensors" if is_packed(directory) else "torch-2:4" if is_sparse24(directory) else "dense"
+
+
+def stored_sizes(directory: Path) -> dict[str, Size]:
+    """Of every tensor, by the name it has unpacked; from the headers alone."""
+    if is_packed(directory):
+        return {
+            name: Size(packed.dense.elements, packed.bytes)
+            for file in packed_files(directory)
+            for name, packed in file.tensors.items()
+        }
+    sizes: dict[str, Size] = {}
+    for path in sorted(directory.glob(f"*{DENSE}")):
+        header = read_header(path)
+        sizes |= {name: Size(entry.elements, entry.bytes) for name, entry in header.tensors.items()}
+        for name in parse_json(header.metadata["packed"]) if "sparse24" in header.metadata else ():
+            values, places = sizes.pop(f"{name}.values"), sizes.pop(f"{name}.places")
+            sizes[name] = Size(2 * values.elements, values.bytes + places.bytes)
+    return sizes
+
+
+def file_bytes(directory: Path) -> int:
+    """Of all files that hold weights, in any form."""
+    return sum(path.stat().st_size for path in directory.glob(f"*{DENSE}"))
 
 
 def _packed(name: str) -> str:

@@ -6,6 +6,7 @@ machine refuses. Everything that can be seen to be wrong here is refused here, b
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -18,6 +19,15 @@ LONGEST_HEADER = 100_000_000
 """Bytes; safetensors allows no more."""
 STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Types of safetensors in which weights may be stored."""
+
+
+class Size(NamedTuple):
+    """Of one stored tensor."""
+
+    elements: int
+    bytes: int
+    """In the file, packed or not."""
+
 
 Headers = dict[str, tuple[tuple[int, ...], str]]
 """Shape and type of every stored tensor."""

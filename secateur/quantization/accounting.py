@@ -1,16 +1,16 @@
 """What a quantized directory really takes: codes, scales, zero points, and all that stayed as it was.
 
-Counted from the stored tensors, not from the scheme. The one number that is worked out is what a bitmask would make of
-it: a bit for each weight, codes of non-zero weights only, scales and zero points as they are.
+Counted from the headers of what is stored, not from the scheme: of a packed directory it is what lies in the packed
+files. The one number that is worked out is what a bitmask would make of it: a bit for each weight, codes of non-zero
+weights only, scales and zero points as they are.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from secateur.models.headers import Size
 from secateur.quantization.compressed import Dequantized
 
 CODES = ("weight", "weight_packed")
@@ -52,7 +52,7 @@ class Storage:
     @property
     def masked_bits_per_weight(self) -> float:
         """Of a quantized weight, were there a bitmask and no codes of zeros."""
-        kept = self.code_bytes * 8 * (1 - self.zeros / max(self.weights, 1))
+        kept = self.bits * (self.weights - self.zeros)
         return (self.weights + kept + 8 * self.side_bytes) / max(self.weights, 1)
 
     @property
@@ -65,17 +65,10 @@ class Storage:
         return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
 
-def storage_of(model: Dequantized, zeros: Mapping[str, int]) -> Storage:
-    """``zeros``: of every weight by its name, as ``inspect`` counts them."""
-    codes = side = weights = 0
-    for linear in model.linears:
-        for name, tensor in model.parts(linear).items():
-            if name in CODES:
-                codes += _bytes(tensor)
-            elif name != "bias":
-                side += _bytes(tensor)
-        weights += model.shape(linear).numel()
-    plain = [model.stored[name] for name in model.plain]
+def storage_of(model: Dequantized, zeros: Mapping[str, int], sizes: Mapping[str, Size], file_bytes: int) -> Storage:
+    """``zeros``: of every weight by its name, as ``inspect`` counts them. ``sizes``: of what is stored."""
+    parts = [(name.rpartition(".")[2], sizes[name]) for linear in model.linears for name in model.stored_names(linear)]
+    plain = [sizes[name] for name in model.plain]
     arguments = model.scheme.weights
     return Storage(
         format=model.format,
@@ -84,18 +77,19 @@ def storage_of(model: Dequantized, zeros: Mapping[str, int]) -> Storage:
         symmetric=arguments.symmetric,
         activations=_activations(model.scheme.input_activations),
         linears=len(model.linears),
-        weights=weights,
+        weights=sum(_weights(model, linear, sizes) for linear in model.linears),
         zeros=sum(zeros[f"{linear}.weight"] for linear in model.linears),
-        code_bytes=codes,
-        side_bytes=side,
-        other_bytes=sum(map(_bytes, plain)),
-        other_weights=sum(tensor.numel() for tensor in plain),
-        file_bytes=sum(path.stat().st_size for path in Path(model.directory).glob("*.safetensors")),
+        code_bytes=sum(size.bytes for name, size in parts if name in CODES),
+        side_bytes=sum(size.bytes for name, size in parts if name not in (*CODES, "bias")),
+        other_bytes=sum(size.bytes for size in plain),
+        other_weights=sum(size.elements for size in plain),
+        file_bytes=file_bytes,
     )
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _weights(model: Dequantized, linear: str, sizes: Mapping[str, Size]) -> int:
+    told = f"{linear}.weight_shape"
+    return math.prod(model.stored[told].tolist()) if told in model.stored else sizes[f"{linear}.weight"].elements
 
 
 def _activations(told: Any) -> str:

@@ -147,15 +147,13 @@ class Dequantized(Mapping[str, Tensor]):
         self.plain = [n for n in stored if not n.startswith(beside) or n.endswith(".bias")]
         self._names = [*self.plain, *sorted(own)]
 
-    def parts(self, linear: str) -> dict[str, Tensor]:
-        """All that is stored of a quantized linear, by its name in the module."""
-        prefix = f"{linear}."
-        return {n.removeprefix(prefix): self.stored[n] for n in self.stored if n.startswith(prefix)}
+    def stored_names(self, linear: str) -> list[str]:
+        """Of all that is stored of a quantized linear."""
+        return [name for name in self.stored if name.startswith(f"{linear}.")]
 
-    def shape(self, linear: str) -> torch.Size:
-        """(out, in) of a quantized linear."""
-        parts = self.parts(linear)
-        return torch.Size(parts["weight_shape"].tolist()) if "weight_shape" in parts else parts["weight"].shape
+    def parts(self, linear: str) -> dict[str, Tensor]:
+        """All of that, by its name in the module."""
+        return {name.removeprefix(f"{linear}."): self.stored[name] for name in self.stored_names(linear)}
 
     def __getitem__(self, name: str) -> Tensor:
         linear = name.removesuffix(".weight")

@@ -29,13 +29,13 @@ def alternatives(storage: Mapping[str, Any]) -> dict[str, float]:
     return {name: storage["other_bytes"] + storage["weights"] * bits / 8 for name, bits in ALTERNATIVES.items()}
 
 
-def storage_warnings(storage: Mapping[str, Any], others: Mapping[str, float]) -> list[str]:
-    """What makes the result a poor bargain."""
+def storage_warnings(storage: Mapping[str, Any], others: Mapping[str, float], *, packed: bool = False) -> list[str]:
+    """What makes the result a poor bargain. ``packed``: its zeros are left out already."""
     lines = []
     made = storage["code_bytes"] + storage["side_bytes"] + storage["other_bytes"]
     if smaller := [f"{name} {size(count)}" for name, count in others.items() if count < (1 - CLEARLY) * made]:
         lines.append(f"smaller than these {size(made)} without any zeros: {', '.join(smaller)}")
-    if storage["zeros"]:
+    if storage["zeros"] and not packed:
         lines.append(
             f"{percent(storage['zeros'] / storage['weights'])} zeros take as much room here as any code: the dense "
             f"model quantized alike has the same {size(made)}; a smaller download with `secateur export --to "
@@ -69,10 +69,11 @@ def nominal(storage: Mapping[str, Any]) -> float:
     return 16 * storage["weights"] / (storage["bits"] * max(storage["weights"] - storage["zeros"], 1))
 
 
-def quantized_lines(storage: Mapping[str, Any]) -> list[RenderableType]:
+def quantized_lines(storage: Mapping[str, Any], *, packed: bool) -> list[RenderableType]:
     """What ``secateur inspect`` adds."""
     others = alternatives(storage)
-    return [*facts("quantized", storage_rows(storage, others)), *warning_lines(storage_warnings(storage, others))]
+    warnings = storage_warnings(storage, others, packed=packed)
+    return [*facts("quantized", storage_rows(storage, others)), *warning_lines(warnings)]
 
 
 def quantize_summary(report: Mapping[str, Any]) -> list[RenderableType]:

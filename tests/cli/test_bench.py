@@ -69,6 +69,10 @@ def test_two_of_four(run, two_of_four, tmp_path):
     ran = run("inspect", tmp_path / "packed")
     assert ran.code == 0
     assert "every promise is kept" in ran.out
+    assert "bits a weight in all: packed, two of every four and where they are" in ran.out
+    assert "sparse-safetensors" not in ran.out
+    stored = (tmp_path / "packed" / "model.sparse24.safetensors").stat().st_size
+    assert run("inspect", tmp_path / "packed", "--json").json["room"]["bytes"] == stored
     evaluate = ("eval", tmp_path / "packed", "--data", "embedded")
     again = ("export", tmp_path / "packed", "--to", "sparse-safetensors", "--out", tmp_path / "more")
     for words in (evaluate, again):

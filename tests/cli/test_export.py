@@ -68,9 +68,18 @@ def test_dense_weights_are_warned_of(run, model_dir, tmp_path):
 def test_inspect_checks_promises_and_checksums_of_a_packed_directory(run, pruned, packed):
     dense, ran = run("inspect", pruned, "--json").json, run("inspect", packed, "--json")
     assert ran.code == 0
-    assert ran.json == {**dense, "path": str(packed), "packed": True}
+    room = {
+        **dense["room"],
+        "form": "sparse-safetensors",
+        "bytes": (packed / "model.sparse.safetensors").stat().st_size,
+    }
+    assert ran.json == {**dense, "path": str(packed), "packed": True, "room": room}
     assert dense["packed"] is False
+    assert dense["room"]["bytes"] == (pruned / "model.safetensors").stat().st_size
+    assert "zeros take as much room" in run("inspect", pruned).out
     words = run("inspect", packed).out
+    assert f"{8 * room['bytes'] / dense['elements']:.2f} bits a weight in all: packed, zeros are left out" in words
+    assert "secateur export" not in words
     assert "every promise is kept" in words
     assert "every tensor's checksum is right" in words
     file = packed / "model.sparse.safetensors"

@@ -10,6 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from secateur.core.pattern import NM, check_mask
+from secateur.evaluation.inspect import Checkpoint
+from secateur.export.container import read_header
+from secateur.export.directory import stored_sizes
+from secateur.quantization.accounting import storage_of
+from secateur.quantization.compressed import Dequantized
 from secateur.quantize_config import QuantizeConfig
 
 SMALL = ["--samples", "4", "--seq-len", "32"]
@@ -246,6 +251,21 @@ def test_what_is_told(int4, run, sparse):
     assert "pack-quantized, int4, groups of 128, symmetric" in printed.out
 
 
+def test_room_is_counted_without_reading_weights(int4):
+    out, read = int4[0], []
+
+    class Noted(Checkpoint):
+        def __getitem__(self, name):
+            read.append(name.rpartition(".")[2])
+            return super().__getitem__(name)
+
+    model = Dequantized(out, Noted(out))
+    zeros = {f"{linear}.weight": 0 for linear in model.linears}
+    stored = json.loads((out / "secateur" / "report.json").read_text())["storage"]
+    assert storage_of(model, zeros, stored_sizes(out), 1).code_bytes == stored["code_bytes"]
+    assert set(read) == {"weight_shape"}
+
+
 def test_where_a_dense_model_would_be_smaller_that_is_said(run, sparse, text, tmp_path):
     ran = run("quantize", sparse, "--bits", 8, "--method", "rtn", *text, "--out", tmp_path / "out", "--json")
     line = next(line for line in ran.json["warnings"] if line.startswith("smaller than these"))
@@ -338,9 +358,21 @@ def test_packed_for_a_download_and_back(int4, run, tmp_path):
     assert f"see `secateur inspect {out}`" in ran.out
     inspected = run("inspect", tmp_path / "packed", "--json")
     assert inspected.code == 0, inspected.err
-    assert inspected.json["quantized"]["bits"] == 4
+    check_packed(inspected.json, tmp_path / "packed" / "model.sparse.safetensors", bits=4)
+    words = run("inspect", tmp_path / "packed").out
+    assert "zeros take as much room" not in words
+    assert "secateur export" not in words
     assert run("unpack", tmp_path / "packed", "--out", tmp_path / "back").code == 0
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def check_packed(inspected, file, bits):
+    """Bits and bytes are those of the file, not of what it unpacks to."""
+    told = inspected["quantized"]
+    assert (inspected["packed"], told["bits"], told["file_bytes"]) == (True, bits, file.stat().st_size)
+    parts = told["code_bytes"] + told["side_bytes"] + told["other_bytes"]
+    assert told["file_bytes"] == parts + read_header(file).data_at
+    assert told["bits_per_weight"] == pytest.approx(8 * (told["code_bytes"] + told["side_bytes"]) / told["weights"])
 
 
 def test_a_lost_zero_would_be_found(int4, run, tmp_path):

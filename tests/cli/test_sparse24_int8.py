@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from secateur.export.container import read_header
 from secateur.models.sparse24 import dense_state
 from secateur.models.sparse24_loader import INT8, Codes, Int8Linear, build, read_state, swap
 
@@ -96,7 +97,13 @@ def test_read_without_secateur_and_inspected_with_it(run, packed):
     assert ran.stdout.split() == ["14", "torch.float32"]
     told = run("inspect", packed, "--json")
     assert told.code == 0
-    assert told.json["quantized"]["zeros"] >= told.json["quantized"]["weights"] / 2
+    storage = told.json["quantized"]
+    assert storage["zeros"] >= storage["weights"] / 2
+    assert 8 * storage["code_bytes"] == 5 * storage["weights"]
+    header = read_header(packed / "model.sparse24.safetensors")
+    parts = storage["code_bytes"] + storage["side_bytes"] + storage["other_bytes"]
+    assert told.json["packed"]
+    assert storage["file_bytes"] == header.file_bytes == parts + header.data_at
 
 
 @pytest.mark.parametrize(
