@@ -8,6 +8,7 @@ docstring is the definition of the files. Memory: one file of the source.
 
 import json
 import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from torch import Tensor
 from secateur.core.pattern import NM, pattern_from_dict
 from secateur.core.two_of_four import PER_BYTE, first_broken_row, pack
 from secateur.errors import ArtefactError, UsageError
-from secateur.export.directory import DENSE, Watch, dense_names, rebuilt, refuse_stored_branches
+from secateur.export.directory import DENSE, Watch, dense_names, rebuilt, refuse_stored_branches, stored_sizes
 from secateur.models import sparse24_loader
-from secateur.models.headers import INDEX
+from secateur.models.headers import INDEX, Size
 from secateur.models.sparse24_loader import SUFFIX, VERSION, checksum, read_file
 
 PROMISE = Path("secateur") / "promise.json"
@@ -52,7 +53,17 @@ def export_sparse24(source: Path, out: Path, watch: Watch) -> dict[str, Any]:
             raise UsageError(f"{first} is not 2:4, nor is any matrix of {source}; prune with --pattern 2:4 first")
         with watch.stage("check", "read it back"):
             _check(source, stage, names)
-    return {**sizes, "share": sizes["packed_bytes"] / sizes["dense_bytes"], "matrices": matrices}
+        bits = _bits(stored_sizes(stage), matrices, sizes["packed_bytes"])
+    share = sizes["packed_bytes"] / sizes["dense_bytes"]
+    return {**sizes, "share": share, "bits_per_weight": bits, "matrices": matrices}
+
+
+def _bits(sizes: Mapping[str, Size], matrices: Collection[str], file_bytes: int) -> dict[str, float]:
+    """Of a weight of the 2:4 matrices, scales of int8 included, and of every weight, headers included."""
+    scales = {f"{name}_scale" for name in matrices} & sizes.keys()
+    packed = sum(sizes[name].bytes for name in (*matrices, *scales))
+    weights = sum(size.elements for name, size in sizes.items() if name not in scales)
+    return {"sparse": 8 * packed / sum(sizes[name].elements for name in matrices), "whole": 8 * file_bytes / weights}
 
 
 def _promised(source: Path) -> set[str] | None:

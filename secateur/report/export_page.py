@@ -65,6 +65,7 @@ def _two_of_four(told: dict[str, Any]) -> tuple[Any, ...]:
     rows = {
         "safetensors": f"{size(told['dense_bytes'])} to {size(told['packed_bytes'])}, {percent(told['share'])}",
         "2:4": f"{len(told['matrices'])} matrices",
+        "bits per weight": _bits(told["bits_per_weight"]),
         "time": _rates(told),
     }
     code = f"model, report = secateur.load_sparse({told['out']!r})"
@@ -93,7 +94,7 @@ def kernels(picked: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in picked.items())
 
 
-def _bits(bits: dict[str, float | None], codes: int) -> str:
+def _bits(bits: dict[str, float | None], codes: int = 0) -> str:
     if bits["whole"] is None:
         return f"not known: {codes} matrices hold integer codes"
     sparse = "" if bits["sparse"] is None else f"{bits['sparse']:.2f} in sparse matrices, "

@@ -65,6 +65,7 @@ def test_two_of_four(run, two_of_four, tmp_path):
     ran = run("export", two_of_four, "--to", "torch-2:4", "--out", tmp_path / "packed")
     assert ran.code == 0, ran.err
     assert "14 matrices" in ran.out
+    assert "17.00 in sparse matrices, " in ran.out  # of float32
     assert f"secateur.load_sparse('{tmp_path / 'packed'}')" in ran.out
     ran = run("inspect", tmp_path / "packed")
     assert ran.code == 0

@@ -41,8 +41,11 @@ def source(quantized):
 @pytest.fixture(scope="module")
 def packed(run, source, tmp_path_factory):
     out = tmp_path_factory.mktemp("packed") / "out"
-    ran = run("export", source, "--to", "torch-2:4", "--out", out)
+    ran = run("export", source, "--to", "torch-2:4", "--out", out, "--json")
     assert ran.code == 0, ran.err
+    storage = run("inspect", out, "--json").json["quantized"]
+    bits = {"sparse": storage["bits_per_weight"], "whole": storage["whole_bits_per_weight"]}
+    assert ran.json["bits_per_weight"] == pytest.approx(bits)
     return out
 
 

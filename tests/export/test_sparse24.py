@@ -50,6 +50,8 @@ def test_every_tensor_comes_back(pruned, tmp_path):
     saved = sum(tensor.nbytes for tensor in matrices) * 7 // 16
     stored = load_file(tmp_path / "out" / "model.sparse24.safetensors")
     assert sum(tensor.nbytes for tensor in stored.values()) == sum(t.nbytes for t in held.values()) - saved
+    elements = sum(tensor.numel() for tensor in held.values())
+    assert told["bits_per_weight"] == {"sparse": 9, "whole": 8 * told["packed_bytes"] / elements}
     assert told["share"] == told["packed_bytes"] / told["dense_bytes"] < 1
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
