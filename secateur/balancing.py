@@ -3,8 +3,7 @@
 The block computes what it did, up to the order of rounding, since s are powers of two.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,14 +15,6 @@ from secateur.core.grid import Scheme
 from secateur.core.moments import Gram
 from secateur.models.folds import Fold, apply_fold, find_folds
 from secateur.pruning.work import PROBE_TOKENS, Work
-
-
-@dataclass
-class Balanced:
-    """What could not be folded."""
-
-    refused: list[str] = field(default_factory=list)
-    """Full names of sources whose fold the block noticed, or whose readers are not all quantized."""
 
 
 class Balance(Protocol):
@@ -75,19 +66,15 @@ class Searched:
         return searched(W, seen.mean(), self.scheme, weighted=self.weighted)
 
 
-def balancer(balance: Balance, told: Balanced) -> Callable[[Work], None]:
-    """What balances a block; what it refuses is added to ``told``."""
-
-    def balanced(work: Work) -> None:
-        probe = work.hidden[0][:1, :PROBE_TOKENS]
-        name = work.adapter.block_names[work.index]
-        folds = find_folds(work.block, work.layout, lambda: work.run(probe))
-        for fold, s in _settled(work, [fold for fold in folds if _planned(work, fold)], balance).items():
-            if apply_fold(work.block, fold, s, lambda: work.run(probe)):
-                folds.remove(fold)
-        told.refused += [f"{name}.{fold.source}" for fold in folds]
-
-    return balanced
+def balance_block(balance: Balance, work: Work) -> None:
+    """Fold what can be folded, and note the rest."""
+    probe = work.hidden[0][:1, :PROBE_TOKENS]
+    name = work.adapter.block_names[work.index]
+    folds = find_folds(work.block, work.layout, lambda: work.run(probe))
+    for fold, s in _settled(work, [fold for fold in folds if _planned(work, fold)], balance).items():
+        if apply_fold(work.block, fold, s, lambda: work.run(probe)):
+            folds.remove(fold)
+    work.refused += [f"{name}.{fold.source}" for fold in folds]
 
 
 def _planned(work: Work, fold: Fold) -> bool:

@@ -7,7 +7,7 @@ code exactly, and no zero of the source may be lost.
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from secateur.balancing import Balanced, Searched, Smooth, balancer
+from secateur.balancing import Searched, Smooth, balance_block
 from secateur.config import dump_recipe
 from secateur.core.grid import Scheme
 from secateur.core.packing import from_bits, to_bits
@@ -78,7 +78,6 @@ class QuantizeRun:
     kept: dict[str, Tensor]
     """Bit i of a linear's entry: element i of its weight was not zero."""
     watch: Stopwatch
-    balanced: Balanced = field(default_factory=Balanced)
 
     @classmethod
     def prepare(
@@ -175,7 +174,7 @@ class QuantizeRun:
             weighted = self.config.method != "rtn"
             smooth = self.config.balance == "smooth"
             balance = Smooth(self.config.strength) if smooth else Searched(self.scheme, weighted)
-            beside = beside._replace(before=balancer(balance, self.balanced))
+            beside = beside._replace(before=partial(balance_block, balance))
         if self.config.activations == "static":
             beside = beside._replace(watch=watch_inputs)
         return None if beside == Beside() else beside
@@ -214,7 +213,10 @@ class QuantizeRun:
             **report,
             "scheme": self.scheme.words(),
             "patterns": sorted({str(target.pattern) for target in self.plan.values()}),
-            "balance": {"folded": divisions(self.loaded.model), **asdict(self.balanced)},
+            "balance": {
+                "folded": divisions(self.loaded.model),
+                "refused": [place for record in records for place in record.refused],
+            },
             "zeros": {"before": self.plan.size - sum(map(bits_set, self.kept.values())), "after": storage["zeros"]},
             "storage": storage,
             "alternatives": others,

@@ -99,7 +99,9 @@ def prune_blocks(
             check_rows(name, len(windows), hidden, options.ranks)
             dropped, seconds = options.ranks.total(work.dropped), time.perf_counter() - start
             linears, rounds = tuple(work.records.values()), (*work.expert_rounds, *rounds_of(refined))
-            record = BlockRecord(index, name, seconds, error, dropped, linears, rounds, work.seconds)
+            record = BlockRecord(
+                index, name, seconds, error, dropped, linears, rounds, work.seconds, tuple(work.refused)
+            )
             yield Finished(record, hidden)
 
 

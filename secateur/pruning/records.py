@@ -65,6 +65,8 @@ class BlockRecord:
     rounds: tuple[RoundRecord, ...] = ()
     stages: dict[str, float] = field(default_factory=dict)
     """Seconds by stage; "solve" is also part of the stage around it."""
+    refused: tuple[str, ...] = ()
+    """What balancing could not fold, by full name."""
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "block", **asdict(self)}

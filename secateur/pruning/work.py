@@ -68,6 +68,8 @@ class Work:
     """By full name; the last solve of a linear is the one on record."""
     expert_rounds: list[RoundRecord] = field(default_factory=list)
     """Iterates of the experts' FFNs."""
+    refused: list[str] = field(default_factory=list)
+    """Full names of sources whose fold the block noticed, or whose readers are not all quantized."""
 
     @cached_property
     def layout(self) -> Layout:
