@@ -10,7 +10,7 @@ its chunks one after the other. The metadata tell the rest:
                                     "frames": [bytes of each frame]}}}
 
 The dense file is its header and its tensors' bytes in order, each under a checksum, so it comes back byte for byte,
-whoever wrote it. Packing and unpacking hold one chunk at a time.
+whoever wrote it. Packing and unpacking work on one chunk at a time.
 """
 
 import json
@@ -40,8 +40,9 @@ from secateur.export.container import (
 
 VERSION = 1
 KEY = "sparse_safetensors"
-LARGEST_CHUNK = 1 << 26
-"""Bytes; a file that asks for more is refused, because a chunk is what is held in memory."""
+LARGEST_CHUNK = 1 << 22
+"""Bytes; a file that asks for more is refused, because a chunk is held in memory, about a dozen times while a mask of
+single bytes is undone."""
 MOST_CRC = (1 << 32) - 1
 
 Done = Callable[[int], None]

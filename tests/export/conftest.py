@@ -51,8 +51,8 @@ def packed(dense, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def bounded() -> Callable[[], AbstractContextManager[None]]:
-    """``with bounded():`` fails where this process gets larger than before by ``MOST_MEMORY``."""
+def bounded() -> Callable[..., AbstractContextManager[None]]:
+    """``with bounded():`` fails where this process gets larger than before by ``MOST_MEMORY``, or what is given."""
     reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
     def largest() -> int:
@@ -60,7 +60,7 @@ def bounded() -> Callable[[], AbstractContextManager[None]]:
         return 1024 * int(line.split()[1])
 
     @contextmanager
-    def measured() -> Iterator[None]:
+    def measured(most: int = MOST_MEMORY) -> Iterator[None]:
         gc.collect()
         try:
             reset.write_text("5")
@@ -68,6 +68,6 @@ def bounded() -> Callable[[], AbstractContextManager[None]]:
             pytest.skip(f"the kernel does not forget the peak of a process here: {error}")
         before = largest()
         yield
-        assert largest() - before < MOST_MEMORY
+        assert largest() - before < most
 
     return measured

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from secateur.errors import ArtefactError
 from secateur.export.coding import CHUNK, MASK, PLANES, encode
 from secateur.export.container import Entry, header_text, read_header
-from secateur.export.sparse_safetensors import pack_file, unpack_file
+from secateur.export.sparse_safetensors import LARGEST_CHUNK, pack_file, unpack_file
 
 
 def nobody(_: int) -> None:
@@ -198,6 +198,7 @@ HOSTILE = {
         lambda e, m, p: dense_header(m, "BF16", 1 << 20, 1 << 19) or p.update(chunk=1 << 40),
         "chunks of 1099511627776 bytes",
     ),
+    "a chunk too large": (lambda e, m, p: p.update(chunk=2 * LARGEST_CHUNK), "chunks of 8388608 bytes"),
     "a shape beyond all numbers": (lambda e, m, p: dense_header(m, "BF16", *[1 << 62] * 60, end=32), "in 32 bytes"),
     "too many dimensions": (lambda e, m, p: dense_header(m, "BF16", *[1] * 10_000, end=2), "10000 dimensions"),
     "negative sizes": (lambda e, m, p: dense_header(m, "BF16", -4, -4, end=32), "numbers from 0 on"),
@@ -234,6 +235,21 @@ def test_hostile_files_are_refused_in_a_line(name, tmp_path, bounded):
     forged(tmp_path / "forged", change)
     with bounded(), pytest.raises(ArtefactError, match=said):
         unpacked(tmp_path / "forged", tmp_path)
+
+
+def test_the_largest_chunk_takes_what_is_documented(tmp_path, bounded):
+    """A few bytes that stand for as many as can be, of the kind that takes the most memory: single ones, masked."""
+
+    def ones(entries, metadata, packing):
+        dense_header(metadata, "U8", LARGEST_CHUNK, end=LARGEST_CHUNK)
+        row = {"coding": MASK, "width": 1, "crc32": zlib.crc32(b"\1" * LARGEST_CHUNK)}
+        packing.update(chunk=LARGEST_CHUNK, tensors={"W": row})
+        return stored(encode(torch.ones(LARGEST_CHUNK, dtype=torch.uint8), 1, MASK), row)
+
+    forged(tmp_path / "forged", ones)
+    with bounded(12 * LARGEST_CHUNK):
+        unpack_file(tmp_path / "forged", tmp_path / "again", nobody)
+    assert (tmp_path / "again").read_bytes().endswith(b"\1" * LARGEST_CHUNK)
 
 
 def test_the_forger_forges_well(tmp_path):
