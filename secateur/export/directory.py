@@ -22,7 +22,7 @@ from secateur.export.sizes import Sizes, sizes_of
 from secateur.export.sparse_safetensors import Done, PackedFile, pack_file, unpack_file
 from secateur.models.branches import FOLDER
 from secateur.models.headers import INDEX, SPARSE, Size
-from secateur.models.save import staged
+from secateur.models.save import clear_leftovers, staged
 from secateur.models.sparse24 import is_sparse24
 
 DENSE = ".safetensors"
@@ -177,13 +177,19 @@ def rebuilt(source: Path, out: Path, without: list[str]) -> Iterator[Path]:
     if out.resolve().is_relative_to(source.resolve()):
         raise UsageError(f"{out} lies inside {source}; choose a directory beside it")
     with staged(out) as stage:
-        for folder, _, files in os.walk(source, followlinks=True):
+        for folder, _, files in os.walk(source, onerror=_fail, followlinks=True):
             place = stage / Path(folder).relative_to(source)
             place.mkdir(exist_ok=True)
             for name in sorted(files):
                 if place != stage or name not in without:
                     shutil.copyfile(Path(folder) / name, place / name)
         yield stage
+    clear_leftovers(out)  # not before: nothing keeps somebody else from writing there as well
+
+
+def _fail(error: OSError) -> None:
+    """A folder that cannot be listed is not left out in silence, as ``os.walk`` would have it."""
+    raise error
 
 
 def _counted(sizes: Mapping[str, int], watch: Watch) -> Iterator[tuple[str, Done]]:

@@ -38,7 +38,7 @@ from secateur.models.openvino import (
     openvino,
 )
 from secateur.models.runners import OpenVINORunner, TorchRunner, greedy
-from secateur.models.save import OWN, refuse_occupied, staged
+from secateur.models.save import OWN, clear_leftovers, refuse_occupied, staged
 
 TOLERANCE = 1e-3
 """Largest difference of logits between graph and torch in float32, relative to the largest logit."""
@@ -124,6 +124,7 @@ def export_openvino(
         }
         (stage / OWN).mkdir()
         (stage / OWN / "export.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    clear_leftovers(out)
     return told
 
 

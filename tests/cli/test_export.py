@@ -130,7 +130,7 @@ def test_a_packed_directory_is_not_evaluated(run, packed):
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_in_the_middle(end, run, tmp_path):
-    """Nothing is at OUT; SIGTERM leaves nothing anywhere; the next attempt is not hindered."""
+    """Nothing is at OUT; SIGTERM leaves nothing anywhere; the next attempt is not hindered, and clears up."""
     (tmp_path / "dense").mkdir()
     save_file({f"W{i}": torch.randn(1 << 20) for i in range(12)}, tmp_path / "dense" / "model.safetensors")
     words = ["export", tmp_path / "dense", "--to", "sparse-safetensors", "--out", tmp_path / "out"]
@@ -143,3 +143,4 @@ def test_killed_in_the_middle(end, run, tmp_path):
     assert not (tmp_path / "out").exists()
     assert len(list(tmp_path.iterdir())) == (2 if end == signal.SIGKILL else 1)
     assert run(*words).code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "out"}

@@ -201,6 +201,20 @@ def test_a_packed_directory_is_no_model(packed):
         load(str(packed))
 
 
+def test_a_folder_that_cannot_be_listed_is_not_left_out(sharded, tmp_path, monkeypatch):
+    scandir = os.scandir
+
+    def closed(folder):
+        if str(folder).endswith("low_rank"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(PermissionError, match="low_rank"):
+        pack_directory(sharded, tmp_path / "packed", Watch())
+    assert not (tmp_path / "packed").exists()
+
+
 def test_no_room(packed, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(ArtefactError, match="bytes, 10 are free at"):
