@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -118,6 +120,23 @@ def test_every_zero_survives_and_transformers_computes_the_same(name, method, ru
     expected = logits(fake if "w8a8" not in name else rounding_inputs(fake, tmp_path / "out"))
     assert torch.equal(after_logits, expected)
     assert float((after_logits - logits(before)).abs().max()) > 0
+
+
+FRESH = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(".").eval()
+with torch.no_grad():
+    torch.save(model(input_ids=torch.load("../ids")).logits, "../logits")
+assert not any(name.split(".")[0] == "secateur" for name in sys.modules)
+"""
+
+
+def test_a_fresh_process_opens_it_without_secateur(int4, tmp_path):
+    out = shutil.copytree(int4[0], tmp_path / "out")
+    torch.save(IDS, tmp_path / "ids")
+    subprocess.run([sys.executable, "-c", FRESH], cwd=out, check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "logits"), logits(opened(out)))
 
 
 def rounding_inputs(model, folder):
