@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 SMALL = ["--tokens", 1536, "--seq-len", 32, "--batch", 4, "--micro-batch", 1, "--lr", 1e-3, "--set", "holdout=4"]
 EXACT = ["--set", "precision=float32", "--set", "refresh=3", "--set", "checkpoint=6"]
+BRANCHES = ["--slorb", 8, "--set", "slorb_follow=true"]
 DRIVER = Path(__file__).parent / "many.py"
 WAYS = {"DDP": [], "FSDP2": ["--set", "shard=true"]}
 
@@ -24,7 +25,7 @@ def two(*arguments: object, death: str = "none") -> subprocess.CompletedProcess[
 
 @pytest.fixture
 def flags(model_dir, text_file):
-    return ["train", model_dir, "--data", text_file, *SMALL, *EXACT, "--slorb", 8, "--set", "slorb_follow=true", "--json"]
+    return ["train", model_dir, "--data", text_file, *SMALL, *EXACT, *BRANCHES, "--json"]
 
 
 def apart(one, other):
