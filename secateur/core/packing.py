@@ -90,4 +90,4 @@ def join(packed: UInt8[Tensor, " m"], width: int, elements: int) -> UInt8[Tensor
 
 def _ranks(kept: Bool[Tensor, " e"]) -> Int[Tensor, " e"]:
     """How many are kept up to and with each element. A sum over bool would be taken more slowly."""
-    return kept.int().cumsum(0, dtype=torch.int32)
+    return kept.int().cumsum_(0, dtype=torch.int32)
