@@ -79,18 +79,16 @@ def spread(module: nn.Module, blocks: Iterable[nn.Module], device: torch.device)
 
     No device ever holds the whole: a module that lies in host memory moves to the device block by block.
     """
-    spread_blocks(blocks, device)
-    fully_shard(module, mesh=_mesh(device))
+    mesh = spread_blocks(blocks, device)
+    fully_shard(module, mesh=mesh)
 
 
-def spread_blocks(blocks: Iterable[nn.Module], device: torch.device) -> None:
+def spread_blocks(blocks: Iterable[nn.Module], device: torch.device) -> DeviceMesh:
     """The same for the blocks of a model that is only asked; what is not a block stays whole, where it is."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in blocks:
-        fully_shard(block, mesh=_mesh(device), reshard_after_forward=True)
-
-
-def _mesh(device: torch.device) -> DeviceMesh:
-    return init_device_mesh(device.type, (dist.get_world_size(),))
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    return mesh
 
 
 @torch.no_grad()
