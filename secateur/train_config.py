@@ -146,6 +146,21 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self._check_pattern()
+        self._check_numbers()
+        if not self.data:
+            raise ValueError("data is empty; give at least one text")
+        if self.scales is not None and self.scales < 0:
+            raise ValueError(f"scales must be at least 0, got {self.scales}")
+        if self.sparsify and self.method == "fixed":
+            raise ValueError("sparsify lets the mask move, and method fixed keeps it; leave out one of them")
+        self._check_slorb()
+        self._check_lora()
+        self.schedule()  # refuses shares that do not fit
+        check_blocks(self.blocks)
+        for name in EXPRESSIONS:
+            check_expressions(name, getattr(self, name))
+
+    def _check_numbers(self) -> None:
         least = {
             "slorb": 0,
             "lora": 0,
@@ -176,17 +191,6 @@ class TrainConfig:
         for name in ("warmup", "final_lr"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share, in [0, 1]; got {getattr(self, name)}")
-        if not self.data:
-            raise ValueError("data is empty; give at least one text")
-        if self.scales is not None and self.scales < 0:
-            raise ValueError(f"scales must be at least 0, got {self.scales}")
-        if self.sparsify and self.method == "fixed":
-            raise ValueError("sparsify lets the mask move, and method fixed keeps it; leave out one of them")
-        self._check_lora()
-        self.schedule()  # refuses shares that do not fit
-        check_blocks(self.blocks)
-        for name in EXPRESSIONS:
-            check_expressions(name, getattr(self, name))
 
     def _check_pattern(self) -> None:
         if self.scope == "matrix":
@@ -200,7 +204,9 @@ class TrainConfig:
             raise ValueError(
                 "taper says how many zeros a block has; with pattern global one threshold does, leave it 0"
             )
-        elif self.slorb:
+
+    def _check_slorb(self) -> None:
+        if self.slorb and self.scope == "global":
             raise ValueError("slorb starts from masks of single matrices, and global has none; use unstructured")
         if self.slorb and (self.sparsify or self.method in ("none", *DENSE_UNTIL_FROZEN)):
             raise ValueError(
