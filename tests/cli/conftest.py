@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from secateur.cli import main
 
@@ -133,3 +134,51 @@ def files() -> Callable[[Path], dict[str, bytes]]:
         }
 
     return read
+
+
+# ------------------------------------------------------------------------------------------------- to be quantized
+
+FEW = ["--samples", "4", "--seq-len", "32"]
+
+
+@pytest.fixture(scope="session")
+def dense(byte_tokenizer, tmp_path_factory):
+    """A random bfloat16 Llama whose widths are multiples of 128, with biases in its attention and tied embeddings."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=260, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True, attention_bias=True,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        for name, parameter in model.named_parameters():
+            parameter.data = torch.randn_like(parameter) * 0.05 if name.endswith("bias") else parameter.data
+    path = tmp_path_factory.mktemp("models") / "dense"
+    model.to(torch.bfloat16).save_pretrained(path)
+    byte_tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def sparse(run, dense, text_file, tmp_path_factory):
+    """The same at 2:4."""
+    out = tmp_path_factory.mktemp("models") / "sparse"
+    flags = ["--method", "wanda", "--pattern", "2:4", "--data", text_file, *FEW]
+    assert run("prune", dense, *flags, "--out", out).code == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def text(text_file):
+    return ["--data", text_file, *FEW]
+
+
+@pytest.fixture(scope="session")
+def int4(run, sparse, text, tmp_path_factory):
+    """OUT of one run with the defaults, and what it said."""
+    out = tmp_path_factory.mktemp("runs") / "int4"
+    ran = run("quantize", sparse, *text, "--out", out)
+    assert ran.code == 0, ran.err
+    return out, ran
