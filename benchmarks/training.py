@@ -80,6 +80,7 @@ def cases() -> Iterator[Case]:
     yield Case("one-shot", "2:4")
     for method in ("fixed", "ast", "cast", "ast_g"):
         yield trained(method)
+    yield trained("ast", "ast, 300k tokens", tokens=2 * TOKENS)
     yield trained("ast", "ast, slorb 16", slorb=16)
     yield trained("fixed", "fixed, lora 16", lora=16)
     for method in ("fixed", "ast"):
