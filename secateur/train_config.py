@@ -60,8 +60,8 @@ class TrainConfig:
     """By how much the sparsity of the last block is above ``sparsity``, and that of the first below it; it rises evenly
     between them (arXiv:2502.14770). Not with N:M or global."""
     metric: Metric = "magnitude"
-    """What a weight is worth when the mask is chosen: magnitude; fisher, its square times the second moment; taylor, it
-    times the first moment; wanda, it times the size of its inputs in the last ten steps or so."""
+    """What a weight is worth when the mask is chosen: magnitude; fisher, its square times the mean squared gradient;
+    taylor, it times the first moment; wanda, it times the size of its inputs in the last ten steps or so."""
     data: tuple[str, ...] = ("c4",)
     """Texts, each a name, ``hf:ID[:config][:split][:column]`` or a file; windows of all are shuffled together."""
     seq_len: int = 512
@@ -90,7 +90,7 @@ class TrainConfig:
     """lambda, the pull of pruned weights to zero (of all to the sparse ones, for admm), as one number for all matrices;
     none measures it with ``c``."""
     c: float = 3.0
-    """That pull on an average pruned weight, in average gradients. Too small lets masks oscillate."""
+    """That pull on a pruned weight of average size, in averaged gradients. Too small lets masks oscillate."""
     refresh: int = 10
     """Steps between two choices of the mask; ELSA has 32."""
     anneal: float = 0.25

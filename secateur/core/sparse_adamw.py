@@ -59,6 +59,8 @@ class Weights(NamedTuple):
     """ADMM's W + U at the last refresh: Z where it is kept (U is 0 there), U where it is pruned (Z is 0 there)."""
     penalty: float = 0.0
     """ADMM's lambda since then."""
+    fisher: Float[Tensor, "..."] | None = None
+    """Average of g², where v is another one and a metric asks for it."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def adamw_(held: Weights, g: Float[Tensor, "..."], step: Step) -> None:
 
 
 def fixed_(held: Weights, g: Float[Tensor, "..."], step: Step) -> None:
-    """The same on the kept weights; pruned ones keep value and moments."""
+    """The same, without the gradient of pruned weights."""
     adamw_(held, g * _kept(held), step)
 
 
@@ -128,7 +130,7 @@ def admm_(held: Weights, g: Float[Tensor, "..."], step: Step) -> None:
     """ADMM's step towards the least loss near Z - U (ELSA, Algorithm 1), by Adam.
 
     m and v are of the loss alone: a ``Relative`` lambda measures m, and v is the Fisher diagonal of the metric. The
-    penalty's pull is exact, not an average, and enters the denominator, so that no step is longer than Adam's. The
+    penalty's pull is exact, not an average, and enters the denominator, so that it alone moves W by lr at most. The
     public code adds it to g before Adam; by ``fisher`` a pruned weight then scores by its own pull.
     """
     held.W.mul_(1 - step.lr * step.weight_decay)
@@ -162,6 +164,10 @@ DENSE_UNTIL_FROZEN = ("cast", "admm")
 """Methods whose model computes with all weights while the mask still moves."""
 PULLED_ALIKE = ("cast",)
 """Methods that pull every pruned weight with lambda and not with lambda W, and whose pull rises without a ramp."""
+PULL_IN_M = ("srste",)
+"""Methods whose first moment holds the pull: lambda must not be measured on what it has itself put there."""
+V_SEES_MORE = ("ast", "ast_g", "srste", "cast")
+"""Methods whose second moment is not that of the gradient alone."""
 
 
 def pruned_part(held: Weights) -> Float[Tensor, "..."]:
@@ -243,16 +249,20 @@ class Schedule:
 
     def refreshes(self, number: int) -> bool:
         """Whether the mask is chosen anew after step ``number``; the last time when it is about to be frozen."""
-        last = int(self.freeze * self.steps)
+        last = self._count(self.freeze)
         return number == last or (number < last and number % self.refresh == 0)
 
     def frozen(self, number: int) -> bool:
         """Whether the mask of step ``number`` is the final one."""
-        return number > int(self.freeze * self.steps)
+        return number > self._count(self.freeze)
 
     def sparsity_reached(self, number: int) -> float:
         """How far along its rise the sparsity is, for ``pattern.ramped``; 1 where it has arrived."""
-        return min(1.0, number / max(1, int(self.sparsify * self.steps))) if self.sparsify else 1.0
+        return min(1.0, number / max(1, self._count(self.sparsify))) if self.sparsify else 1.0
+
+    def _count(self, share: float) -> int:
+        """Whole steps of a share: 63 of 90 at 0.7, though the product of these two is a little less."""
+        return int(share * self.steps + 1e-9)
 
 
 def rate(number: int, steps: int, highest: float, warmup: float, final: float) -> float:
@@ -278,24 +288,27 @@ class Absolute:
     value: float
     """lambda. AST used 1e-4 for GPT-2 and 6e-5 for Llama-2-7B, at their scales of loss and weights."""
 
-    def of(self, held: Weights, norm: Norm = torch.linalg.vector_norm, *, alike: bool = False) -> float:
+    def of(self, held: Weights, method: str, norm: Norm = torch.linalg.vector_norm) -> float:
         return self.value
 
 
 @dataclass(frozen=True)
 class Relative:
-    """lambda = c rms(m) / rms(W) of each matrix: the pull on an average pruned weight is c times an average gradient's.
+    """lambda = c rms(m) / rms(W) of each matrix: a pruned weight of average size is pulled c times as hard as by m.
 
-    Where all are pulled alike that is lambda = c rms(m). Free of the scale of loss and weights. Too small lets masks
-    oscillate, too large does little harm.
+    Where all are pulled alike that is lambda = c rms(m), and m is that of kept weights where it holds the pull on the
+    others. Free of the scale of loss and weights. Too small lets masks oscillate, too large does little harm.
     """
 
     c: float = 3.0
     """The published absolute values come to 1 to 3."""
 
-    def of(self, held: Weights, norm: Norm = torch.linalg.vector_norm, *, alike: bool = False) -> float:
-        size = float(norm(held.W.sign() if alike else held.W))
-        return self.c * float(norm(held.m)) / size if size > 0 else 0.0
+    def of(self, held: Weights, method: str, norm: Norm = torch.linalg.vector_norm) -> float:
+        size, m = float(norm(held.W.sign() if method in PULLED_ALIKE else held.W)), float(norm(held.m))
+        if method in PULL_IN_M and held.keep is not None:
+            kept = held.keep.float()
+            m = float(norm(held.m * kept)) * float(norm(torch.ones_like(kept))) / max(float(norm(kept)), 1.0)
+        return self.c * m / size if size > 0 else 0.0
 
 
 Decay = Absolute | Relative
@@ -315,11 +328,11 @@ def by_magnitude(held: Weights, step: Step) -> Float[Tensor, "..."]:
 
 
 def by_fisher(held: Weights, step: Step) -> Float[Tensor, "..."]:
-    """W² v: what the loss loses to second order with the diagonal Fisher matrix as the Hessian (ELSA's weight).
+    """W² mean(g²): what the loss loses to second order with the diagonal Fisher matrix as the Hessian (ELSA's weight).
 
-    No scale is missing: m and v are of the gradient at W, A times that at A W.
+    No scale is missing: g is the gradient at W, A times that at A W.
     """
-    return held.W.square() * held.v
+    return held.W.square() * (held.v if held.fisher is None else held.fisher)
 
 
 def by_taylor(held: Weights, step: Step) -> Float[Tensor, "..."]:

@@ -5,6 +5,7 @@ master                            float32, where there is a pattern or the param
 mask, decay, flips                where there is a pattern and the method prunes
 inputs, tokens                    sums of squared inputs, where the metric looks at them
 split, penalty                    ADMM's W + U and lambda of its last refresh, where the method is that
+fisher                            average of squared gradients, where the metric is that and exp_avg_sq is not
 scale, scale_avg, scale_avg_sq    row scales and their moments, (R, n), where there are any
 """
 
@@ -23,7 +24,9 @@ from secateur.training.shards import local
 State = dict[str, Any]
 
 
-def begin(parameter: Tensor, group: Mapping[str, Any], *, inputs: bool, scales: int, split: bool) -> State:
+def begin(
+    parameter: Tensor, group: Mapping[str, Any], *, inputs: bool, scales: int, split: bool, fisher: bool
+) -> State:
     """The state of a parameter before its first step, but for its mask. ``group`` is the optimizer's."""
     state: State = {name: torch.zeros_like(parameter, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
     sparse, transposed = group["pattern"] is not None, group["transposed"]
@@ -37,6 +40,8 @@ def begin(parameter: Tensor, group: Mapping[str, Any], *, inputs: bool, scales: 
     if sparse and split:
         state["split"] = state["master"].clone()
         state["penalty"] = torch.zeros(())
+    if sparse and fisher:
+        state["fisher"] = torch.zeros_like(parameter, dtype=torch.float32)
     if sparse and scales:
         few = parameter.detach()[:scales] if transposed else parameter.detach()[..., :scales]  # placed as it is
         state["scale"] = torch.ones_like(few, dtype=torch.float32)
@@ -49,7 +54,7 @@ def held(parameter: Tensor, state: State) -> Weights:
     parts = {key: local(value) for key, value in state.items()}
     master = parts["master"] if "master" in parts else local(parameter.detach())
     inputs = parts["inputs"] / parts["tokens"] if parts.get("tokens") else None
-    more = {key: parts.get(key) for key in ("scale", "split")}
+    more = {key: parts.get(key) for key in ("scale", "split", "fisher")}
     penalty = float(parts.get("penalty", 0.0))
     return Weights(master, parts["exp_avg"], parts["exp_avg_sq"], parts.get("mask"), inputs, **more, penalty=penalty)
 
@@ -60,9 +65,9 @@ def judged(parameter: Tensor, state: State) -> Weights:
     return own if own.split is None else own._replace(W=own.split)
 
 
-def measure(parameter: Tensor, state: State, decay: Decay, *, alike: bool) -> None:
+def measure(parameter: Tensor, state: State, decay: Decay, method: str) -> None:
     """What lambda is to be. Together."""
-    pull = decay.of(held(parameter, state), partial(shards.norm, parameter=parameter), alike=alike)
+    pull = decay.of(held(parameter, state), method, partial(shards.norm, parameter=parameter))
     state["decay"] = torch.tensor(pull)
 
 

@@ -49,6 +49,7 @@ from secateur.core.sparse_adamw import (
     ONCE_FROZEN,
     PULLED_ALIKE,
     UPDATES,
+    V_SEES_MORE,
     Decay,
     Relative,
     Schedule,
@@ -153,14 +154,20 @@ class SparseAdamW(Optimizer):
         new = [(parameter, group) for parameter, group in self._all() if parameter not in self.state]
         for parameter, group in new:
             self._check_carries(parameter, group)
-            inputs, split = self.metric in NEED_INPUTS, self.method == "admm"
-            self.state[parameter] = held.begin(parameter, group, inputs=inputs, scales=self.scales, split=split)
+            self.state[parameter] = held.begin(
+                parameter,
+                group,
+                inputs=self.metric in NEED_INPUTS,
+                scales=self.scales,
+                split=self.method == "admm",
+                fisher=self.metric == "fisher" and self.method in V_SEES_MORE,
+            )
         sparse = [(p, group) for p, group in new if group["pattern"] is not None and self.method != "none"]
         patterns = self._wanted(sparse)
         for parameter, group in sparse:
             state = self.state[parameter]
             state["mask"] = shards.like(self._chosen(parameter, group, patterns[parameter]), parameter)
-            held.measure(parameter, state, self.decay, alike=self.method in PULLED_ALIKE)
+            held.measure(parameter, state, self.decay, self.method)
             state["flips"] = torch.zeros(())
             self._write(parameter, group)
 
@@ -234,6 +241,8 @@ class SparseAdamW(Optimizer):
         if own.scale is not None:
             used = own.W if own.keep is None or self._dense(step.number) else torch.where(own.keep, own.W, 0.0)
             grad = held.move_scales(state, grad, used, replace(step, weight_decay=0.0))
+        if own.fisher is not None:
+            own.fisher.lerp_(grad.square(), 1 - step.beta2)
         if "mask" in state:
             later = ONCE_FROZEN if self.schedule.frozen(step.number) else {}
             update = later.get(self.method, UPDATES[self.method])
@@ -256,7 +265,7 @@ class SparseAdamW(Optimizer):
     def _refresh(self, due: list[tuple[Tensor, dict[str, Any]]]) -> None:
         """Measure the decay, and choose masks anew."""
         for parameter, group in due:
-            held.measure(parameter, self.state[parameter], self.decay, alike=self.method in PULLED_ALIKE)
+            held.measure(parameter, self.state[parameter], self.decay, self.method)
             if "split" in self.state[parameter]:
                 held.dual(parameter, self.state[parameter], self._annealed(group["step"]))
         patterns = self._wanted(due) if self.method != "fixed" else {}

@@ -160,6 +160,11 @@ def test_the_schedule_ends_where_it_should():
     assert odd.sparsity_reached(7) == 1, "arrived when the mask is frozen"
 
 
+def test_a_share_of_the_steps_is_not_a_step_short():
+    assert 0.7 * 90 < 63
+    assert [Schedule(90, freeze=0.7).frozen(number) for number in (63, 64)] == [False, True]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -177,18 +182,21 @@ def test_schedules_that_make_no_sense(options, words):
 
 def test_decay_without_a_scale():
     held = Weights(torch.full((2, 2), 4.0), torch.full((2, 2), 0.5), torch.zeros(2, 2), torch.ones(2, 2).bool())
-    assert Relative(3.0).of(held) == pytest.approx(3 * 0.5 / 4)
+    assert Relative(3.0).of(held, "ast") == pytest.approx(3 * 0.5 / 4)
     larger = held._replace(W=held.W * 10, m=held.m * 7)
-    assert Relative(3.0).of(larger) * 10 / 7 == pytest.approx(Relative(3.0).of(held))
-    assert Relative(3.0).of(held._replace(W=torch.zeros(2, 2))) == 0
-    assert Relative(3.0).of(larger, alike=True) == pytest.approx(3 * 3.5)
-    assert Absolute(1e-4).of(larger) == Absolute(1e-4).of(larger, alike=True) == 1e-4
+    assert Relative(3.0).of(larger, "ast") * 10 / 7 == pytest.approx(Relative(3.0).of(held, "ast"))
+    assert Relative(3.0).of(held._replace(W=torch.zeros(2, 2)), "ast") == 0
+    assert Relative(3.0).of(larger, "cast") == pytest.approx(3 * 3.5)
+    half = held._replace(m=torch.tensor([[0.5, 70.0], [0.5, 70.0]]), keep=torch.tensor([[True, False]] * 2))
+    assert Relative(3.0).of(half, "srste") == pytest.approx(3 * 0.5 / 4)
+    assert Absolute(1e-4).of(larger, "ast") == Absolute(1e-4).of(larger, "cast") == 1e-4
 
 
 def test_metrics_and_flips():
     held = Weights(torch.tensor([[1.0, -2.0]]), torch.zeros(1, 2), torch.tensor([[9.0, 1.0]]))
     step = Step(1, lr=0.1)
     assert by_fisher(held, step).tolist() == [[9.0, 4.0]]
+    assert by_fisher(held._replace(fisher=torch.tensor([[1.0, 2.0]])), step).tolist() == [[1.0, 8.0]]
     assert by_taylor(held._replace(m=torch.tensor([[-3.0, 0.5]])), step).tolist() == [[3.0, 1.0]]
     assert by_wanda(held, step).tolist() == [[1.0, 2.0]]
     assert by_wanda(held._replace(inputs=torch.tensor([16.0, 0.25])), step).tolist() == [[4.0, 1.0]]

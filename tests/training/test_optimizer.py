@@ -260,6 +260,42 @@ def test_the_fisher_metric_keeps_what_the_loss_is_steep_in():
     assert optimizer.flip_rate() == 1
 
 
+@pytest.mark.parametrize("method", ["ast", "ast_g", "srste", "cast", "admm"])
+def test_the_fisher_metric_sees_gradients_and_not_the_decay(method):
+    """Gradients of one size, either sign: the mask is that of the magnitudes, however hard the others are pulled."""
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.randn(16, 32, generator=generator))
+    options = {"method": method, "metric": "fisher", "decay": Absolute(5.0), "lr": 1e-5}
+    optimizer = SparseAdamW([{"params": [weight], "pattern": NM(2, 4)}], schedule=Schedule(20, refresh=5), **options)
+    for _ in range(16):
+        weight.grad = torch.randn(16, 32, generator=generator).sign()
+        optimizer.step()
+    state = optimizer.state[weight]
+    judged = state["split"] if method == "admm" else state["master"]
+    assert torch.equal(state["mask"], keep_mask(judged.abs(), NM(2, 4)))
+
+
+@pytest.mark.parametrize("method", ["ast", "srste"])
+def test_a_relative_decay_does_not_feed_on_itself(method):
+    """Noise for gradients, 90 %, the run's own rates: lambda stays where the first refresh finds it."""
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(0.02 * torch.randn(64, 128, generator=generator))
+    schedule = Schedule(400, refresh=10)
+    optimizer = SparseAdamW(
+        [{"params": [weight], "pattern": Unstructured(0.9)}],
+        method=method,
+        lr=2e-5,
+        decay=Relative(10.0),
+        schedule=schedule,
+    )
+    found = []
+    for _ in range(400):
+        weight.grad = 1e-3 * torch.randn(64, 128, generator=generator)
+        optimizer.step()
+        found.append(float(optimizer.state[weight]["decay"]))
+    assert found[-1] == pytest.approx(found[50], rel=0.5)
+
+
 def test_the_decay_follows_gradients_and_weights():
     model = network()
     optimizer = SparseAdamW(groups(model, NM(2, 4)), decay=Relative(2.0), lr=0.0, schedule=Schedule(10, refresh=1))
