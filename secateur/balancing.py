@@ -72,7 +72,7 @@ def balance_block(balance: Balance, work: Work) -> None:
     name = work.adapter.block_names[work.index]
     folds = find_folds(work.block, work.layout, lambda: work.run(probe))
     for fold, s in _settled(work, [fold for fold in folds if _planned(work, fold)], balance).items():
-        if apply_fold(work.block, fold, s, lambda: work.run(probe)):
+        if apply_fold(work.block, fold, s, probe, lambda: work.run(probe)):
             folds.remove(fold)
     work.refused += [f"{name}.{fold.source}" for fold in folds]
 

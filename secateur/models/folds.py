@@ -3,7 +3,8 @@
 Two kinds of places, both found by running the block. A norm whose output is the very tensor that a group of linears
 reads (q, k, v; gate, up): its weight and bias are divided. And of a gated feed-forward network the up projection, whose
 output enters the input of down as a factor. Whether anything else reads what was divided, or the norm uses its weight
-in another way than as a factor (Gemma's 1 + w), shows in the block's output: a fold that moves it is undone.
+in another way than as a factor (Gemma's 1 + w), shows in what the block adds to its input: a fold that moves it is
+undone. It is asked token by token, since one token's huge activations would hide what happens to all others.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +16,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.models.grids import DIVISOR, divide
-from secateur.models.layout import TOLERANCE, Layout
+from secateur.models.layout import Layout
+
+UNDERFLOW = {torch.float16: 2e-2}
+"""Change of what a block adds that is no sign of a wrong fold; in other types, powers of two change no digit."""
+EXACT = 1e-6
 
 
 class Fold(NamedTuple):
@@ -44,13 +49,20 @@ def find_folds(block: nn.Module, layout: Layout, replay: Callable[[], Tensor]) -
     return found
 
 
-def apply_fold(block: nn.Module, fold: Fold, s: Float[Tensor, " C"], replay: Callable[[], Tensor]) -> bool:
-    """Divide the source by s, multiply the linears' columns; False, and all is as before, where the block notices."""
-    before = replay()
+def apply_fold(
+    block: nn.Module, fold: Fold, s: Float[Tensor, " C"], hidden: Float[Tensor, "B S D"], replay: Callable[[], Tensor]
+) -> bool:
+    """Divide the source by s, multiply the linears' columns; False, and all is as before, where the block notices.
+
+    ``replay`` gives the block's output for ``hidden``.
+    """
+    before, kept = replay(), _parameters(block, fold)
     _scale(block, fold, s)
-    moved = (replay().float() - before.float()).abs().max() / before.float().abs().max().clamp(min=1e-30)
-    if not float(moved) <= TOLERANCE[before.dtype]:
-        _scale(block, fold, 1 / s)
+    moved = (replay().float() - before.float()).norm(dim=-1)
+    added = (before.float() - hidden.float()).norm(dim=-1).clamp(min=1e-30)
+    if not float((moved / added).max()) <= UNDERFLOW.get(before.dtype, EXACT):
+        for parameter, values in kept.items():
+            parameter.detach().copy_(values)
         return False
     block.get_submodule(fold.source).register_buffer(DIVISOR, s.detach().float().clone(), persistent=False)
     return True
@@ -60,6 +72,13 @@ def is_norm(module: nn.Module) -> bool:
     """Something whose parameters all have one axis: it works channel by channel."""
     parameters = list(module.parameters(recurse=False))
     return bool(parameters) and not list(module.children()) and all(p.ndim == 1 for p in parameters)
+
+
+def _parameters(block: nn.Module, fold: Fold) -> dict[nn.Parameter, Tensor]:
+    """What a fold changes, and copies of it."""
+    changed = [*block.get_submodule(fold.source).parameters(recurse=False)]
+    changed += [block.get_submodule(name).get_parameter("weight") for name in fold.linears]
+    return {parameter: parameter.detach().clone() for parameter in changed}
 
 
 @torch.no_grad()
