@@ -26,6 +26,8 @@ SHRINK = tuple(1 - 0.05 * step for step in range(13))
 """Shares of the full range that are tried, from all of it down to 40 %."""
 PIECE = 1 << 20
 """Weights whose scales are searched at one time: what is compared is three times as large."""
+LEAST = {torch.float16: 2.0**-20}
+"""Smallest scale, where the smallest normal number, 6e-5, would be a coarse step for a row of small weights."""
 RoundColumn = Callable[[Float[Tensor, " R"], int], Float[Tensor, " R"]]
 """(a column, its number in the matrix) -> the column on the grid."""
 
@@ -119,8 +121,8 @@ def _ranged(low: Float[Tensor, "R G"], high: Float[Tensor, "R G"], scheme: Schem
         scale = torch.maximum(-low, high) / scheme.highest
     else:
         scale = (high - low) / (scheme.highest - scheme.lowest)
-    tiny = torch.finfo(scheme.scales).tiny
-    scale = torch.where(scale > 0, scale.clamp(min=tiny), torch.ones_like(scale)).to(scheme.scales).to(low.dtype)
+    least = LEAST.get(scheme.scales, torch.finfo(scheme.scales).tiny)
+    scale = torch.where(scale > 0, scale.clamp(min=least), torch.ones_like(scale)).to(scheme.scales).to(low.dtype)
     if scheme.symmetric:
         return Grid(scale, torch.zeros_like(scale))
     return Grid(scale, (scheme.lowest - low / scale).round().clamp(scheme.lowest, scheme.highest))

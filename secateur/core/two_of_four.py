@@ -36,6 +36,6 @@ def pack(W: Shaped[Tensor, "R C"]) -> tuple[Shaped[Tensor, "R V"], UInt8[Tensor,
     groups = W.reshape(R, C // GROUP, GROUP)
     kept = (groups != 0).to(torch.int8)
     places = kept.argsort(dim=2, descending=True, stable=True)[..., :KEPT].sort(dim=2).values
-    values = groups.gather(2, places)
+    values = groups.gather(2, places) + 0
     nibbles = (places[..., 0] + 4 * places[..., 1]).to(torch.uint8).reshape(R, C // PER_BYTE, 2)
     return values.reshape(R, C // 2).contiguous(), nibbles[..., 0] + 16 * nibbles[..., 1]

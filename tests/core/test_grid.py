@@ -50,6 +50,18 @@ def test_codes_are_found_again_from_values_in_16_bit(scheme):
     assert torch.equal(to_codes(on_grid(W, grid, scheme).bfloat16().float(), grid, scheme), to_codes(W, grid, scheme))
 
 
+@pytest.mark.parametrize("largest", [5e-3, 2e-4])
+def test_small_rows_are_as_fine_with_scales_in_float16(largest):
+    """The smallest normal number of float16, 6e-5, would be a step of a fifth of such a row."""
+    W = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
+    W *= largest / W.abs().amax(dim=1, keepdim=True)
+    lost = {}
+    for scales in (torch.float32, torch.float16):
+        scheme = Scheme(8, scales=scales)
+        lost[scales] = float((on_grid(W, fit_grid(W, scheme), scheme) - W).norm() / W.norm())
+    assert lost[torch.float16] < 1.15 * lost[torch.float32]
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_shrunken_ranges_lose_less_than_the_full_one(symmetric):
     W, scheme = weights(), Scheme(3, 32, symmetric)

@@ -30,6 +30,12 @@ def test_there_and_back(dtype, pattern):
     assert torch.equal(unpack(values, places), W)
 
 
+def test_a_negative_zero_comes_back_as_zero():
+    values, places = pack(torch.tensor([[-0.0, 1.0, 0.0, 0.0, -0.0, 0.0, 0.0, -0.0]]))
+    assert not torch.signbit(values).any()
+    assert not torch.signbit(unpack(values, places)).any()
+
+
 def test_sixteen_bits_become_nine():
     values, places = pack(two_of_four(8, 64, torch.bfloat16, NM(2, 4)))
     assert 8 * (values.nbytes + places.nbytes) == 9 * 8 * 64
