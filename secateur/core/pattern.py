@@ -1,7 +1,7 @@
 """Which weights may be zero: a pattern is a value, never a string or a pair with a magic zero.
 
 Three families, one function: ``keep_mask(scores, pattern)`` keeps the highest scores and returns a bool mask, True =
-kept. The count is exact and ties are broken by position (the weight further left, then further up, is kept), so that
+kept. The count is exact and ties are broken by position (the weight further up, then further left, is kept), so that
 the same scores always give the same mask and the achieved sparsity is what was asked for to the single weight.
 
 N:M counts the weights that are KEPT: 1:4 keeps one of every four (75 % zeros). SparseLLM's paper and SparseGPT's code

@@ -64,7 +64,8 @@ class SparseLLM:
     gate_step: Literal["gauss-newton", "gradient"] = "gauss-newton"
     """How paper mode updates a gate's pre-activation; "gradient" is the published step, which can diverge."""
     fit_damp: float = 0.1
-    """Closed mode's ridge of the least-squares fits towards the original weights, as a fraction of mean(diag H)."""
+    """Closed mode's ridge of the least-squares fits towards the original weights, as a fraction of mean(diag H), and
+    of every channel's own where the mask is given."""
     target: Literal["block", "ffn"] = "block"
     """What closed mode fits the FFN to: the dense block's output minus the pruned residual stream, or the dense FFN."""
 
