@@ -34,8 +34,9 @@ $(STAMP): pyproject.toml
 demo: install
 	@$(BIN)/secateur demo
 
+# One thread a process: most of what a test does is Python's, and this way they share the cores.
 test: install
-	@$(BIN)/pytest
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist worksteal
 
 slow: install
 	@$(BIN)/pytest -m slow
