@@ -22,7 +22,7 @@ from secateur.evaluation.perplexity import PerplexityResult, evaluate_text
 from secateur.evaluation.tasks import Score, ScorePair, check_tasks, scores, task_list
 from secateur.models.load import Loaded, check_source, load
 from secateur.models.offload import moved
-from secateur.models.save import refuse_occupied
+from secateur.models.save import place_of, refuse_nested, refuse_occupied
 from secateur.pruning.ranks import launched
 from secateur.report.artefact import finished_report
 from secateur.report.comparison import Comparison, compare
@@ -53,20 +53,16 @@ class Prepared(Protocol[Record]):
     def reopened(self, out: Path, report: dict[str, Any]) -> Result[Record]: ...
 
 
-def _place(out: str | os.PathLike[str]) -> Path:
-    return Path(os.path.abspath(Path(out).expanduser()))
-
-
 def _written(
     place: Path, resume: bool, prepare: Callable[[], Prepared[Record]], *sources: "Source | None"
 ) -> Result[Record]:
     """The run to a directory; nothing is done where it is complete and to be gone on with.
 
-    UsageError where it is one of ``sources``, which the result would replace.
+    UsageError where it lies in one of ``sources``, or one of them in it.
     """
     for source in sources:
-        if isinstance(source, str | os.PathLike) and Path(lasting(os.fspath(source))).is_relative_to(place.resolve()):
-            raise UsageError(f"{source} is read by this run, which would replace it at {place}; choose another --out")
+        if isinstance(source, str | os.PathLike):
+            refuse_nested(place, Path(lasting(os.fspath(source))))
     refuse_occupied(place, overwrite=True)
     run = prepare()
     if resume and (report := finished_report(place / "secateur", run.identity)) is not None:
@@ -96,7 +92,7 @@ def prune(
     with launched() as ranks:
         if out is None:
             return Run.prepare(model, tokenizer, config, watch, ranks).in_memory()
-        return _written(_place(out), resume, lambda: Run.prepare(model, tokenizer, config, watch, ranks), model)
+        return _written(place_of(out), resume, lambda: Run.prepare(model, tokenizer, config, watch, ranks), model)
 
 
 def load_pruned(
@@ -130,7 +126,7 @@ def train(
     """
     from secateur.train_runs import TrainRun
 
-    place, watch = _place(out), Stopwatch(progress)
+    place, watch = place_of(out), Stopwatch(progress)
     logs = place.with_name(place.name + ".logs")
     return _written(place, resume, lambda: TrainRun.prepare(student, teacher, config, watch, logs), student, teacher)
 
@@ -157,7 +153,7 @@ def quantize(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("quantize runs in one process; start it without torchrun")
     watch = Stopwatch(progress)
-    return _written(_place(out), resume, lambda: QuantizeRun.prepare(model, tokenizer, config, watch), model)
+    return _written(place_of(out), resume, lambda: QuantizeRun.prepare(model, tokenizer, config, watch), model)
 
 
 # ---- evaluation

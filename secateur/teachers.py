@@ -17,7 +17,7 @@ from secateur.errors import UsageError
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.durable import LOCK, UNFINISHED, admit, locked
 from secateur.models.load import Loaded
-from secateur.models.save import flush, refuse_occupied
+from secateur.models.save import flush, place_of, refuse_occupied
 from secateur.report.facts import Stopwatch, versions
 from secateur.runs import open_model, resolve_device, resolve_precision
 from secateur.training import shards
@@ -143,7 +143,7 @@ def cache_teacher(
 
     A build that was killed goes on with ``resume``. Nothing is at ``out`` before all of it is.
     """
-    place = Path(os.path.abspath(Path(out).expanduser()))
+    place = place_of(out)
     if is_cache(place):
         raise UsageError(f"{place} is a finished cache; train with it, or delete it to ask again")
     refuse_occupied(place, overwrite=False)

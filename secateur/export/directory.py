@@ -22,7 +22,7 @@ from secateur.export.sizes import Sizes, sizes_of
 from secateur.export.sparse_safetensors import Done, PackedFile, pack_file, unpack_file
 from secateur.models.branches import FOLDER
 from secateur.models.headers import INDEX, SPARSE, Size
-from secateur.models.save import clear_leftovers, staged
+from secateur.models.save import clear_leftovers, place_of, refuse_nested, staged
 from secateur.models.sparse24 import is_sparse24
 
 DENSE = ".safetensors"
@@ -174,8 +174,8 @@ def _indexed(index: Path) -> set[str]:
 @contextmanager
 def rebuilt(source: Path, out: Path, without: list[str]) -> Iterator[Path]:
     """What becomes `out`: a copy of everything in `source` but the files named, which the caller writes anew."""
-    if out.resolve().is_relative_to(source.resolve()):
-        raise UsageError(f"{out} lies inside {source}; choose a directory beside it")
+    out = place_of(out)
+    refuse_nested(out, source.resolve())
     with staged(out) as stage:
         for folder, _, files in os.walk(source, onerror=_fail, followlinks=True):
             place = stage / Path(folder).relative_to(source)

@@ -38,7 +38,7 @@ from secateur.models.openvino import (
     openvino,
 )
 from secateur.models.runners import OpenVINORunner, TorchRunner, greedy
-from secateur.models.save import OWN, clear_leftovers, refuse_occupied, staged
+from secateur.models.save import OWN, clear_leftovers, place_of, refuse_nested, refuse_occupied, staged
 
 TOLERANCE = 1e-3
 """Largest difference of logits between graph and torch in float32, relative to the largest logit."""
@@ -81,7 +81,8 @@ def export_openvino(
 ) -> dict[str, Any]:
     """Write `out`, all of it or nothing, and return what is to be told of it."""
     openvino()
-    _refuse(source)
+    out = place_of(out)
+    _refuse(source, out)
     refuse_occupied(out, overwrite=False)
     with watch.stage("load"):
         loaded = load(source, dtype="float32")
@@ -146,8 +147,9 @@ def _agreed(opened: OpenVINOModel, probe: Int64[Tensor, "1 S"], wanted: Int64[Te
     return {"same": int(following.sum()), "before_first_other": int(alone[0].int().cumprod(0).sum())}
 
 
-def _refuse(source: str) -> None:
+def _refuse(source: str, out: Path) -> None:
     if Path(source).is_dir():
+        refuse_nested(out, Path(source).resolve())
         dense_names(Path(source))
     refuse_stored_branches(Path(source))
 

@@ -6,6 +6,7 @@ once), config, generation config, tokenizer and chat template. Low-rank branches
 """
 
 import glob
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from secateur.models.quiet import quiet
 
 OWN = "secateur"
 """The folder inside a saved directory that says it is ours."""
+FILES = f"{OWN}/files.json"
+"""Names of all files that a run wrote: a directory that holds any other is never replaced."""
 SHARD, WHOLE = "400MB", "50GB"
 """Largest file: of a model that is read from disk while it is written (one file in memory at a time), and of others."""
 PARTIAL, ASIDE = ".partial", ".old"
@@ -61,15 +64,19 @@ def forget_gguf(model: PreTrainedModel) -> None:
 def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary directory beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
 
-    Only an `out` of our own is ever replaced, with `overwrite`, and only once its successor is complete.
+    Only an `out` of our own is ever replaced, with `overwrite`, and only once its successor is complete, which then
+    lists its files, so that the next one may replace it.
     """
-    out = Path(os.path.abspath(out.expanduser()))
+    out = place_of(out)
     refuse_occupied(out, overwrite=overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     stage = out.with_name(f".{out.name}.{uuid4().hex[:8]}{PARTIAL}")
     stage.mkdir()
     try:
         yield stage
+        if overwrite:
+            names = sorted(path.relative_to(stage).as_posix() for path in stage.rglob("*") if path.is_file())
+            (stage / FILES).write_text(json.dumps([*names, FILES], indent=1) + "\n", encoding="utf-8")
         _settle(stage)
         _replace(out, stage)
         flush(out.parent)
@@ -106,17 +113,49 @@ def clear_leftovers(out: Path) -> None:
     suffixes = (PARTIAL, ASIDE) if out.exists() else (PARTIAL,)
     for suffix in suffixes:
         for old in out.parent.glob(f".{glob.escape(out.name)}.????????{suffix}"):
-            shutil.rmtree(old)
+            old.unlink() if old.is_symlink() else shutil.rmtree(old)
+
+
+def place_of(out: str | os.PathLike[str]) -> Path:
+    """Where `out` is, links followed, so that what is written beside it is on its disk; UsageError for a link to
+    nothing."""
+    out = Path(out).expanduser()
+    if out.is_symlink() and not out.exists():
+        raise UsageError(
+            f"{out} is a link to {out.readlink()}, where nothing is; make that directory, or remove the link"
+        )
+    return out.resolve()
+
+
+def refuse_nested(out: Path, source: Path) -> None:
+    """UsageError where `out` lies in what it is made from, or holds it; both with links followed."""
+    if source.is_relative_to(out):
+        raise UsageError(f"{source} is read by this run, which would replace it at {out}; choose another --out")
+    if out.is_relative_to(source):
+        raise UsageError(f"{out} lies inside {source}, which this run reads; choose a directory beside it")
 
 
 def refuse_occupied(out: Path, *, overwrite: bool) -> None:
-    """UsageError where `out` holds what must not be replaced."""
+    """UsageError where `out` holds what must not be replaced: with `overwrite`, any file that no run of ours wrote."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not (out / OWN).is_dir():
-        raise UsageError(f"{out} exists and was not written by secateur; choose a new directory or move this one away")
-    if not overwrite:
-        raise UsageError(f"{out} already holds a pruned model; choose a new directory or allow overwriting it")
+    if not overwrite or not out.is_dir():
+        raise UsageError(f"{out} exists; choose a new directory, or move this one away")
+    if stranger := _stranger(out):
+        raise UsageError(
+            f"{out} holds {stranger}, which no run has listed in {FILES} as its own; choose a new directory, or move "
+            "it away"
+        )
+
+
+def _stranger(out: Path) -> str | None:
+    """A file that no run of ours has listed; any, where there is no list."""
+    try:
+        own = set(json.loads((out / FILES).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        own = set()
+    files = (path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_symlink() or not path.is_dir())
+    return next((name for name in files if name not in own), None)
 
 
 def _replace(out: Path, stage: Path) -> None:

@@ -5,6 +5,7 @@
     records.jsonl   one line per block, or per step of training
     report.json     totals, seconds, memory, versions, provenance
     promise.json    pattern of every pruned weight, names that share one tensor, ranks of branches: ``secateur inspect``
+    files.json      names of all files of OUT, by ``models.save``: an OUT that holds any other is never replaced
 
 Only records and report hold what changes from run to run (seconds, memory).
 """

@@ -315,6 +315,14 @@ def test_a_run_does_not_replace_what_it_reads(words, pruned, run, model_dir, tmp
     assert files(out) == before
 
 
+@pytest.mark.parametrize("verb", ["prune", "train", "quantize"])
+def test_a_run_does_not_write_into_what_it_reads(verb, run, model_dir):
+    wanted = {"prune": ("--sparsity", 0.5), "train": ("--tokens", 1_000_000, "--data", "embedded"), "quantize": ()}
+    ran = run(verb, model_dir, *wanted[verb], "--out", model_dir / "inner" / "out")
+    assert ran.code == 2
+    assert f"lies inside {model_dir}" in ran.error
+
+
 @pytest.mark.parametrize("typo", ["TYPO", "./typo"], ids=["on no hub", "no directory"])
 def test_a_baseline_that_is_not_there_costs_no_measurement(typo, run, model_dir, text_file):
     ran = run("eval", model_dir, "--baseline", typo, "--data", text_file, "--seq-len", "128")

@@ -11,7 +11,7 @@ from secateur.errors import UsageError
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.load import load
 from secateur.models.quiet import quiet
-from secateur.models.save import clear_leftovers, save, staged
+from secateur.models.save import clear_leftovers, place_of, save, staged
 
 TOKENS = torch.arange(2, 34)[None]
 
@@ -95,7 +95,7 @@ def test_a_directory_appears_when_it_is_complete(tmp_path):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_failure_leaves_what_was_there(tmp_path, error):
     out = tmp_path / "out"
-    with staged(out) as stage:
+    with staged(out, overwrite=True) as stage:
         write(stage, "old")
 
     def fail():
@@ -111,9 +111,9 @@ def test_a_failure_leaves_what_was_there(tmp_path, error):
 
 def test_our_own_directory_is_replaced_only_when_allowed(tmp_path):
     out = tmp_path / "out"
-    with staged(out) as stage:
+    with staged(out, overwrite=True) as stage:
         write(stage, "old")
-    with pytest.raises(UsageError, match="already holds a pruned model"), staged(out):
+    with pytest.raises(UsageError, match="out exists; choose a new directory"), staged(out):
         pass
     with staged(out, overwrite=True) as stage:
         write(stage, "new")
@@ -126,10 +126,45 @@ def test_what_is_not_ours_is_refused(tmp_path, overwrite):
     for name, make in {
         "folder": lambda p: (p.mkdir(), (p / "thesis.tex").touch()),
         "file": lambda p: p.touch(),
+        "project": lambda p: ((p / "secateur").mkdir(parents=True), (p / "secateur" / "__init__.py").touch()),
     }.items():
         make(tmp_path / name)
-        with pytest.raises(UsageError, match="not written by secateur"), staged(tmp_path / name, overwrite=overwrite):
+        with pytest.raises(UsageError, match="choose a new directory"), staged(tmp_path / name, overwrite=overwrite):
             pass
+
+
+@pytest.mark.parametrize("name", ["my_notes.txt", ".git/config", "gguf/model.gguf", "secateur/inner/model.safetensors"])
+def test_what_was_put_into_our_directory_is_not_lost(tmp_path, name):
+    with staged(tmp_path / "out", overwrite=True) as stage:
+        write(stage, "old")
+    (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "out" / name).touch()
+    with pytest.raises(UsageError, match=f"out holds {name}, which no run"), staged(tmp_path / "out", overwrite=True):
+        pass
+    (tmp_path / "out" / name).unlink()
+    (tmp_path / "out" / name).symlink_to(tmp_path)
+    with pytest.raises(UsageError, match=f"out holds {name}, which no run"), staged(tmp_path / "out", overwrite=True):
+        pass
+
+
+@pytest.mark.parametrize("there", ["nothing", "empty", "ours"])
+def test_a_link_stays_one_and_what_is_written_goes_where_it_leads(tmp_path, there):
+    (tmp_path / "disk").mkdir()
+    out, target = tmp_path / "out", tmp_path / "disk" / "result"
+    out.symlink_to(target)
+    if there == "nothing":
+        with pytest.raises(UsageError, match=r"out is a link to .*result, where nothing is"):
+            place_of(out)
+        return
+    target.mkdir()
+    if there == "ours":
+        with staged(target, overwrite=True) as stage:
+            write(stage, "old")
+    with staged(out, overwrite=True) as stage:
+        assert stage.parent == target.parent
+        write(stage, "new")
+    assert (out.readlink(), (target / "weights").read_text()) == (target, "new")
+    assert list(target.parent.iterdir()) == [target]
 
 
 def test_an_empty_directory_is_nobodys(tmp_path):
@@ -148,5 +183,6 @@ def test_leftovers_of_killed_runs_are_cleared_but_never_the_only_copy(tmp_path):
     clear_leftovers(out)
     assert {path.name for path in tmp_path.iterdir()} == set(names[1:])
     out.mkdir()
+    (tmp_path / ".out.89abcdef.old").symlink_to(tmp_path / names[3])
     clear_leftovers(out)
     assert {path.name for path in tmp_path.iterdir()} == {"out", *names[2:]}
