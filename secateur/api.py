@@ -20,9 +20,10 @@ from secateur.data.sources import Texts, read_texts
 from secateur.errors import UsageError
 from secateur.evaluation.perplexity import PerplexityResult, evaluate_text
 from secateur.evaluation.tasks import Score, ScorePair, check_tasks, scores, task_list
+from secateur.models.durable import STATE, unfinished_of
 from secateur.models.load import Loaded, check_source, load
 from secateur.models.offload import moved
-from secateur.models.save import place_of, refuse_nested, refuse_occupied
+from secateur.models.save import OWN, place_of, refuse_nested, refuse_occupied
 from secateur.pruning.ranks import launched
 from secateur.report.artefact import finished_report
 from secateur.report.comparison import Comparison, compare
@@ -58,16 +59,22 @@ def _written(
 ) -> Result[Record]:
     """The run to a directory; nothing is done where it is complete and to be gone on with.
 
-    UsageError where it lies in one of ``sources``, or one of them in it.
+    UsageError where it lies in one of ``sources``, or one of them in it, where a file there is not ours, and where
+    another run is to be gone on with.
     """
     for source in sources:
         if isinstance(source, str | os.PathLike):
             refuse_nested(place, Path(lasting(os.fspath(source))))
     refuse_occupied(place, overwrite=True)
+    unfinished = unfinished_of(place)
+    if not resume and (unfinished / STATE).exists():
+        raise UsageError(f"{unfinished} holds an unfinished run; repeat its command with --resume, or delete it first")
     run = prepare()
-    if resume and (report := finished_report(place / "secateur", run.identity)) is not None:
+    if resume and (report := finished_report(place / OWN, run.identity, replace=unfinished.exists())) is not None:
         run.watch.progress.stage(f"{place} is complete: nothing was left to do")
         return run.reopened(place, report)
+    if (place / OWN).exists():
+        run.watch.progress.note(f"{place} holds an earlier result, which this run will replace")
     return run.into(place, resume)
 
 

@@ -15,7 +15,7 @@ from secateur.data.sources import read_texts
 from secateur.data.tokens import check_seq_len
 from secateur.errors import UsageError
 from secateur.models.adapter import DecoderAdapter
-from secateur.models.durable import LOCK, UNFINISHED, admit, locked
+from secateur.models.durable import LOCK, admit, locked, unfinished_of
 from secateur.models.load import Loaded
 from secateur.models.save import flush, place_of, refuse_occupied
 from secateur.report.facts import Stopwatch, versions
@@ -158,7 +158,7 @@ def cache_teacher(
     facts = CacheFacts(
         loaded.source, loaded.fingerprint, vocabulary, len(windows), config.seq_len, config.k, config.temperature
     )
-    folder = place.with_name(place.name + UNFINISHED)
+    folder = unfinished_of(place)
     folder.mkdir(parents=True, exist_ok=True)
     tokens = hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]
     run = {"cache": vars(facts), "tokens": tokens, "versions": versions()}

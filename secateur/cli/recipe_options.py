@@ -59,7 +59,12 @@ prune_options = group(
 )
 """They become one PruneConfig."""
 run_options = group(
-    click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to write; not one of yours."),
+    click.option(
+        "--out",
+        required=True,
+        type=click.Path(path_type=Path),
+        help="Directory to write; an earlier result of Secateur there is replaced, nothing else.",
+    ),
     resume_option,
     json_option,
     debug_option,

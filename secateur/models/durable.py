@@ -14,8 +14,10 @@ from secateur.models.save import flush
 
 UNFINISHED = ".unfinished"
 """What such a directory is called behind the name of its OUT."""
-LOCK, RUN = "lock", "run.json"
-"""Files of such a directory: what the process at work holds, and what decides the bytes of the run."""
+LOCK, RUN, STATE = "lock", "run.json", "state.json"
+"""Files of such a directory: what the process at work holds, what decides the bytes of the run, and how far it is."""
+HASHES = {"tokens": "the tokens of the text", "model": "the model", "student": "the student"}
+"""What keys of a run stand for, whose values say nothing to anybody."""
 
 
 def durable(path: Path, write: Callable[[Path], Any]) -> None:
@@ -51,18 +53,25 @@ def admit(path: Path, run: Mapping[str, Any], *, resume: bool, kept: Callable[[]
     if (path / RUN).exists():
         then = json.loads((path / RUN).read_text(encoding="utf-8"))
         if then.keys() != run.keys():
-            raise UsageError(
-                f"{path} holds an unfinished run of another command (of {', '.join(then)}, and this one is of "
-                f"{', '.join(run)}); go on with that one, delete it, or choose another --out"
-            )
+            refuse_other(path, then, run)  # before its state is read, which nobody here can
         if (left := kept()) and not resume:
             raise UsageError(f"{path} holds an unfinished run of {left}; go on with --resume, or delete it first")
-        if left and (differ := differences(then, run)):
-            raise UsageError(
-                f"{path} is a run of something else: {'; '.join(differ)}; repeat that request, or delete it"
-            )
+        if left:
+            refuse_other(path, then, run)
     text = json.dumps(run, indent=2, sort_keys=True) + "\n"
     durable(path / RUN, lambda new: new.write_text(text, encoding="utf-8"))
+
+
+def unfinished_of(out: Path) -> Path:
+    return out.with_name(out.name + UNFINISHED)
+
+
+def refuse_other(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """UsageError where what lies at `path` is not the run that was asked for."""
+    if then.keys() != now.keys():
+        raise UsageError(f"{path} is a run of another command; repeat that, delete it, or choose another --out")
+    if differ := differences(then, now):
+        raise UsageError(f"{path} is a run of something else: {'; '.join(differ)}; repeat that request, or delete it")
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -73,5 +82,6 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found += differences(old, new, f"{prefix}{key}.")
         elif old != new:
-            found.append(f"{prefix}{key} was {old!r} and is {new!r}")
+            what = HASHES.get(f"{prefix}{key}")
+            found.append(f"{what} changed" if what else f"{prefix}{key} was {old!r} and is {new!r}")
     return found

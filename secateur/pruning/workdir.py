@@ -29,7 +29,7 @@ from secateur.core.plan import Plan
 from secateur.errors import ArtefactError
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.branches import attach, attached, branches_of, tensors_of
-from secateur.models.durable import UNFINISHED, admit, durable, locked
+from secateur.models.durable import STATE, admit, durable, locked, unfinished_of
 from secateur.models.grids import grid_tensors, is_grid, restore_grids
 from secateur.models.offload import is_offloaded, relocate
 from secateur.pruning.hidden import Budget, Hidden
@@ -37,7 +37,6 @@ from secateur.pruning.oneshot import Finished, State, block_targets
 from secateur.pruning.ranks import ALONE, Ranks
 from secateur.pruning.records import BlockRecord, block_record
 
-STATE = "state.json"
 PART = 256 * 2**20
 """Bytes of hidden states in one file; they are in memory together while it is written."""
 
@@ -148,7 +147,7 @@ def opened(out: Path, run: Mapping[str, Any], *, resume: bool, ranks: Ranks = AL
     `run` is what decides the bytes. UsageError where an unfinished run is there and `resume` was not asked for, where
     it is a run of something else (the keys that differ are named), or where another process is at work on it.
     """
-    work = Workdir(out.with_name(out.name + UNFINISHED), ranks)
+    work = Workdir(unfinished_of(out), ranks)
     if not ranks.first:
         ranks.each(0)
         yield work

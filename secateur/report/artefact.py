@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur.core.pattern import pattern_to_dict
+from secateur.models.durable import refuse_other
 from secateur.report.jsonable import dumps
 
 if TYPE_CHECKING:
@@ -48,13 +49,20 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     (folder / "report.json").write_text(dumps(report) + "\n", encoding="utf-8")
 
 
-def finished_report(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The report of a complete directory that the very same run wrote; None where there is no such one."""
+def finished_report(folder: Path, identity: dict[str, Any], *, replace: bool) -> dict[str, Any] | None:
+    """The report of a complete directory that the very same run wrote; None where there is none.
+
+    UsageError where another run wrote one that is not to be replaced.
+    """
     try:
-        same = json.loads((folder / "run.json").read_text(encoding="utf-8")) == json.loads(dumps(identity))
-        return json.loads((folder / "report.json").read_text(encoding="utf-8")) if same else None
+        then = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    if then != (now := json.loads(dumps(identity))) and replace:
+        return None
+    refuse_other(folder.parent, then, now)
+    return report
 
 
 def read_records(folder: Path) -> list["BlockRecord"]:

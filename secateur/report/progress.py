@@ -22,10 +22,11 @@ A_DAY = 24 * 3600.0
 
 
 class Progress(Protocol):
-    """Told what begins and how much of it is done."""
+    """Told what begins, how much of it is done, and what should stay to be read."""
 
     def stage(self, name: str) -> None: ...
     def update(self, done: int, total: int, detail: str = "") -> None: ...
+    def note(self, line: str) -> None: ...
 
 
 class Silent:
@@ -35,6 +36,9 @@ class Silent:
         pass
 
     def update(self, done: int, total: int, detail: str = "") -> None:
+        pass
+
+    def note(self, line: str) -> None:
         pass
 
 
@@ -60,6 +64,9 @@ class Lines:
         parts = [f"{self._name} {done}/{total}", detail, "" if left is None else f"left {left}"]
         print(", ".join(filter(None, parts)), file=self._stream, flush=True)
 
+    def note(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)
+
 
 class Bar:
     """One line on a terminal that is redrawn."""
@@ -73,6 +80,9 @@ class Bar:
 
     def update(self, done: int, total: int, detail: str = "") -> None:
         self._bar.update(self._task, completed=done, total=total, detail=detail)
+
+    def note(self, line: str) -> None:
+        self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

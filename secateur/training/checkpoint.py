@@ -26,12 +26,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.errors import ArtefactError
-from secateur.models.durable import UNFINISHED, admit, durable, locked
+from secateur.models.durable import STATE, admit, durable, locked, unfinished_of
 from secateur.training import shards
 from secateur.training.loop import Loop, StepRecord
 from secateur.training.named_state import deal_state, gather_state
 
-STATE, RECORDS = "state.json", "records.jsonl"
+RECORDS = "records.jsonl"
 RANDOM, RANDOM_THERE = "random state", "random state of the device"
 """Names of the generators' states among the tensors; no parameter has a space in its name."""
 
@@ -135,7 +135,7 @@ def opened(out: Path, run: Mapping[str, Any], *, resume: bool) -> Iterator[Check
 
     ``run`` is what decides the bytes; UsageError as ``models.durable.admit`` and ``locked`` say.
     """
-    work = Checkpoints(out.with_name(out.name + UNFINISHED))
+    work = Checkpoints(unfinished_of(out))
     if not shards.is_first():
         shards.wait()
         yield work

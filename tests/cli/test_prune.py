@@ -137,6 +137,7 @@ def test_an_own_out_is_replaced_and_flags_win_over_the_recipe(pruned, run, tmp_p
     shutil.copy(out / "secateur" / "recipe.yaml", recipe)
     ran = run("prune", "--recipe", recipe, "--pattern", "1:4", "--method", "wanda", "--out", out, "--json")
     assert ran.code == 0, ran.err
+    assert f"{out} holds an earlier result, which this run will replace" in ran.err
     assert ran.json["sparsity"]["achieved"] == 0.75
     assert "1:4" in (out / "secateur" / "recipe.yaml").read_text()
 
@@ -227,6 +228,24 @@ def test_resuming_what_is_complete_says_so(pruned, run, model_dir, text_file):
     assert "is complete: nothing was left to do" in ran.err
     assert ran.json == json.loads((out / "secateur" / "report.json").read_text())
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("prune", "--pattern", "1:4"), "recipe.pattern was '2:4' and is '1:4'; repeat that request"),
+        (("quantize", "--method", "rtn"), "is a run of another command"),
+    ],
+    ids=["prune", "quantize"],
+)
+def test_resuming_does_not_replace_another_result(words, said, pruned, run, model_dir, text_file, files):
+    out, _ = pruned
+    before = files(out)
+    verb, *flags = words
+    ran = run(verb, model_dir, *flags, "--data", text_file, *SMALL, "--out", out, "--resume")
+    assert ran.code == 2, ran.err
+    assert said in ran.error
+    assert files(out) == before
 
 
 # ---- inspect and eval

@@ -85,13 +85,16 @@ def test_json_has_no_nan():
 
 
 def test_a_bar_is_one_task_that_begins_again_at_each_stage():
-    with RichProgress(console=Console(file=io.StringIO())) as rich:
+    stream = io.StringIO()
+    with RichProgress(console=Console(file=stream)) as rich:
         bar = Bar(rich)
         bar.stage("load")
+        bar.note("out[1] will be replaced")
         bar.stage("prune")
         bar.update(3, 30, "block 2")
         (task,) = rich.tasks
         assert (task.description, task.completed, task.total) == ("prune", 3, 30)
+    assert "out[1] will be replaced\n" in stream.getvalue()
 
 
 def test_no_terminal_no_bar(capsys):
