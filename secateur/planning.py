@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from secateur.config import PruneConfig
-from secateur.core.sparsellm import SparseLLM
 from secateur.data.sources import KNOWN, parse_hub, read_texts
 from secateur.data.tokens import check_seq_len
 from secateur.models.adapter import DecoderAdapter
@@ -30,7 +29,6 @@ from secateur.pruning.low_rank import check_in_memory
 from secateur.pruning.rates import HEAD, Probe, measure
 from secateur.pruning.selection import Selection, linear_shapes
 from secateur.pruning.shapes import BlockShape, Routed, Run, Shared
-from secateur.pruning.work import check_whole
 from secateur.report.plan_report import PlanReport, Subject, report
 from secateur.report.progress import Progress, Silent
 from secateur.runs import resolve_device, resolve_precision, select_to_prune, with_text_needed
@@ -96,10 +94,6 @@ def block_shapes(adapter: DecoderAdapter, selection: Selection, config: PruneCon
         roles = known[likeness] if likeness in known else outline(adapter, index)
         known[likeness] = roles
         planned = {key for key in linears if f"{name}.{key}" in selection.plan}
-        if isinstance(config.method, SparseLLM) and planned:
-            check_whole(name, {*roles.first, roles.down} - {None}, planned)
-            for first, down in (member for mixture in roles.experts for member in mixture.members):
-                check_whole(name, {*first, down}, planned)
         shapes.append(block_shape(roles, linears, planned))
     return shapes
 

@@ -16,6 +16,7 @@ import torch
 from secateur.config import Device, Dtype, Precision, PruneConfig, config_from_dict, dump_recipe
 from secateur.core.pattern import VALUE_BITS
 from secateur.core.plan import Plan
+from secateur.core.sparsellm import SparseLLM
 from secateur.data.sources import KNOWN, Texts, read_texts
 from secateur.data.tokens import check_seq_len, sample_windows, tokenize
 from secateur.errors import ArtefactError, UsageError
@@ -25,6 +26,7 @@ from secateur.models.branches import attached, refuse_branches
 from secateur.models.load import Loaded, check_device, fingerprint, load
 from secateur.models.offload import is_offloaded, moved
 from secateur.models.save import clear_leftovers, save, staged
+from secateur.pruning.ffn import check_whole_ffns
 from secateur.pruning.hidden import Budget
 from secateur.pruning.low_rank import check_in_memory, check_ranks
 from secateur.pruning.oneshot import BlockRecord, RunOptions, prune_blocks
@@ -268,8 +270,10 @@ def select_linears(adapter: DecoderAdapter, config: PruneConfig | TrainConfig | 
 
 
 def select_to_prune(adapter: DecoderAdapter, config: PruneConfig) -> Selection:
-    """The same, with room for the branches that are asked for."""
+    """The same, with whole FFNs where the method wants them, and room for the branches that are asked for."""
     selection = select_linears(adapter, config)
+    if isinstance(config.method, SparseLLM):
+        check_whole_ffns(adapter, selection.plan)
     if config.low_rank:
         check_ranks(adapter, selection.plan, config.low_rank)
     return selection

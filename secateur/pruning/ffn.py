@@ -8,15 +8,35 @@ from torch import Tensor
 from secateur.core.activations import activation
 from secateur.core.feedforward import Affine, FeedForward
 from secateur.core.pattern import Stacked
+from secateur.core.plan import Plan
 from secateur.core.solver import Pruned
 from secateur.core.sparsellm import Patterns, Refined, SparseLLM, closed_feedforward
+from secateur.models.adapter import DecoderAdapter
 from secateur.models.layout import FeedForwardForm, Half
+from secateur.models.outline import Outline, outline
 from secateur.pruning.hidden import Hidden
-from secateur.pruning.work import Precise, Work
+from secateur.pruning.work import Precise, Work, check_whole
 
 HELD_OUT = 8
 """One calibration token in so many, the first ones, is held out of the FFN's fits and judges its iterates; with fewer
 tokens than that all are fitted and judge."""
+
+
+def check_whole_ffns(adapter: DecoderAdapter, plan: Plan) -> None:
+    """UsageError where a block has a part of its FFN planned that SparseLLM prunes as a whole, before any is pruned.
+
+    By the roles that shapes tell (``models.outline``); experts in a list of modules are left to the run.
+    """
+    known: dict[tuple[str, ...], Outline] = {}
+    for index, (name, block) in enumerate(zip(adapter.block_names, adapter.blocks, strict=True)):
+        linears = tuple(adapter.linears(block))
+        planned = {linear for linear in linears if f"{name}.{linear}" in plan}
+        if len(planned) in (0, len(linears)) or not all(one.fused for one in adapter.experts(block)):
+            continue
+        roles = known[linears] = known.get(linears) or outline(adapter, index)
+        check_whole(name, {*roles.first, roles.down} - {None}, planned)
+        for first, down in (member for mixture in roles.experts for member in mixture.members):
+            check_whole(name, {*first, down}, planned)
 
 
 def ffn_view(work: Work, form: FeedForwardForm) -> FeedForward:

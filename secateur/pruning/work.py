@@ -19,7 +19,7 @@ from secateur.core.moments import Inputs, Moments, Observed, inputs_of
 from secateur.core.pattern import Pattern, Stacked, by_rows
 from secateur.core.plan import Target
 from secateur.core.solver import LayerSolver, Needs, Pruned, relative_error
-from secateur.errors import ModelError
+from secateur.errors import ModelError, UsageError
 from secateur.models.adapter import Call, DecoderAdapter, Linear
 from secateur.models.expert_layout import ExpertLayout, observe_experts, watchable
 from secateur.models.experts import ExpertLinear
@@ -94,7 +94,7 @@ class Work:
 
     @property
     def form(self) -> FeedForwardForm:
-        """The form of the block's FFN; ModelError where SparseLLM knows none or the plan lacks a part."""
+        """The form of the block's FFN; ModelError where SparseLLM knows none, UsageError where the plan has a part."""
         return self.checked(self.layout.ffn, self.layout.ffn_refusal)
 
     def checked(self, form: FeedForwardForm | None, refusal: str | None) -> FeedForwardForm:
@@ -236,9 +236,9 @@ class Work:
 
 
 def check_whole(block: str, ffn: Iterable[str], planned: Container[str]) -> None:
-    """SparseLLM prunes an FFN as a whole: ModelError where the plan lacks one of its linears."""
+    """SparseLLM prunes an FFN as a whole: UsageError where the plan lacks one of its linears."""
     if missing := sorted(name for name in ffn if name not in planned):
-        raise ModelError(
+        raise UsageError(
             f"{block}: SparseLLM prunes an FFN as a whole, but the plan lacks {', '.join(missing)}; let include and "
             "ignore keep all of it, or choose a layer solver such as admm"
         )

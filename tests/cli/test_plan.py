@@ -241,7 +241,7 @@ WRONG = {
     "blocks": (["MODEL", "--sparsity", "0.5", *SMALL, "--blocks", "0:9"], 2, ["at most 0:2"]),
     "branches": (["MODEL", "--pattern", "2:4", *SMALL, "--low-rank", "2", "--offload", "on"], 2, ["stay on disk"]),
     "include": (["MODEL", "--sparsity", "0.5", *SMALL, "--include", "qproj"], 2, ["did you mean", "q_proj"]),
-    "half an FFN": (["MODEL", "--sparsity", "0.5", *SMALL, "--ignore", "up"], 1, ["as a whole", "mlp.up_proj"]),
+    "half an FFN": (["MODEL", "--sparsity", "0.5", *SMALL, "--ignore", "up"], 2, ["as a whole", "mlp.up_proj"]),
     "out": (["MODEL", "--sparsity", "0.5", "--out", "x"], 2, ["--out"]),
     "quantized": (["QUANTIZED", "--sparsity", "0.5", *SMALL], 1, ["already quantized"]),
     "alien": (["ALIEN", "--sparsity", "0.5", *SMALL], 1, ["cannot load"]),

@@ -334,6 +334,15 @@ def test_a_run_does_not_replace_what_it_reads(words, pruned, run, model_dir, tmp
     assert files(out) == before
 
 
+@pytest.mark.parametrize("part", ["up", "down"])
+def test_half_of_a_late_ffn_is_refused_before_the_first_block(part, run, model_dir, text_file, tmp_path):
+    flags = ["--sparsity", 0.5, "--ignore", f"layers.1.mlp.{part}", "--data", text_file, *SMALL]
+    ran = run("prune", model_dir, *flags, "--out", tmp_path / "out")
+    assert ran.code == 2
+    assert f"model.layers.1: SparseLLM prunes an FFN as a whole, but the plan lacks mlp.{part}_proj" in ran.error
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("verb", ["prune", "train", "quantize"])
 def test_a_run_does_not_write_into_what_it_reads(verb, run, model_dir):
     wanted = {"prune": ("--sparsity", 0.5), "train": ("--tokens", 1_000_000, "--data", "embedded"), "quantize": ()}

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from secateur.core.pattern import NM, Unstructured
-from secateur.errors import ModelError, UsageError
+from secateur.errors import UsageError
 from secateur.models.adapter import DecoderAdapter
 from secateur.pruning.oneshot import RunOptions, prune_blocks
 from secateur.pruning.selection import OUTSIDE, select
@@ -111,5 +111,5 @@ def test_sparsellm_refuses_an_ffn_in_parts(adapter):
 
     plan = select(adapter, HALF, range(3), ignore=["up_proj"]).plan
     rows = torch.randint(64, (2, 16))
-    with pytest.raises(ModelError, match=r"layers\.0: .* as a whole, but the plan lacks mlp\.up_proj; let include"):
+    with pytest.raises(UsageError, match=r"layers\.0: .* as a whole, but the plan lacks mlp\.up_proj; let include"):
         next(prune_blocks(adapter, rows, plan, SparseLLM(), RunOptions()))
