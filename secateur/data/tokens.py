@@ -40,9 +40,10 @@ def sample_windows(
     """
     N = len(tokens)
     if samples * seq_len > N:
+        fewer = f", --samples {N // seq_len}" if seq_len <= N else ""
         raise DataError(
             f"the text holds {N} tokens, {samples} samples x seq-len {seq_len} need {samples * seq_len}; "
-            f"give more text, --samples {N // seq_len} or a shorter --seq-len"
+            f"give more text{fewer} or a shorter --seq-len"
         )
     left = N - samples * (seq_len - 1)
     chosen = torch.randperm(left, generator=generator)[:samples].sort().values

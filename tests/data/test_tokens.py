@@ -48,6 +48,8 @@ def test_every_placement_is_equally_likely():
 def test_too_few_tokens_says_how_many_there_are():
     with pytest.raises(DataError, match=r"holds 31 tokens, 4 samples x seq-len 8 need 32; give more text, --samples 3"):
         sample_windows(torch.arange(31), 4, 8, seeded())
+    with pytest.raises(DataError, match="need 8; give more text or a shorter --seq-len"):
+        sample_windows(torch.arange(7), 1, 8, seeded())
     with pytest.raises(DataError, match=r"holds 7 tokens, fewer than one window of 8"):
         eval_windows(torch.arange(7), 8)
 
