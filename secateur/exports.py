@@ -31,8 +31,7 @@ from secateur.models.openvino import lacks_amx
 from secateur.quantization.compressed import Dequantized, is_quantized
 from secateur.report.facts import Stopwatch
 from secateur.report.progress import Progress
-from secateur.report.runtimes import ALTERNATIVES
-from secateur.report.tables import size
+from secateur.report.runtimes import competitors, smaller_lines
 
 Path_ = str | os.PathLike[str]
 LOST = 0.05
@@ -87,7 +86,10 @@ def _packed(source: str, out: Path, options: ExportOptions, watch: Stopwatch) ->
 def _two_of_four(source: str, out: Path, options: ExportOptions, watch: Stopwatch) -> dict[str, Any]:
     if is_quantized(Path(source)):
         _check_codes(source)
-    return {**export_sparse24(Path(source), out, watch), "warnings": []}
+    told = export_sparse24(Path(source), out, watch)
+    weights, made = sum(map(math.prod, told["matrices"].values())), told["packed_bytes"]
+    others = competitors(made - weights * told["bits_per_weight"]["sparse"] / 8, weights)
+    return {**told, "alternatives": others, "warnings": smaller_lines(made, others)}
 
 
 def _check_codes(source: str) -> None:
@@ -112,7 +114,11 @@ def _openvino(source: str, out: Path, options: ExportOptions, watch: Stopwatch) 
     said.append(f"int8 costs {gap:+.3f} of log-perplexity" if not gap < LOST else None)
     said.append(None if told["packed"] else "no matrix has enough zeros to be packed: sparse kernels stay off")
     text = {"name": options.data, "samples": options.samples, "seq_len": nll["windows"][1]}
-    return {**told, "text": text, "perplexity": perplexity, "gap": gap, "warnings": [line for line in said if line]}
+    weights = sum(math.prod(row["shape"]) for row in told["linears"])
+    others = competitors(2 * (told["parameters"] - weights), weights)
+    said += smaller_lines(told["model_bytes"], others)
+    added = {"text": text, "perplexity": perplexity, "gap": gap, "alternatives": others}
+    return {**told, **added, "warnings": [line for line in said if line]}
 
 
 def _exp(nll: float) -> float:
@@ -173,15 +179,11 @@ def alternatives(sizes: Sizes) -> dict[str, float]:
     """
     if sizes.codes.tensors:
         return {}
-    rest = (sizes.whole.elements - sizes.sparse.elements) * 2
-    return {name: rest + sizes.sparse.elements * bits / 8 for name, bits in ALTERNATIVES.items()}
+    return competitors(2 * (sizes.whole.elements - sizes.sparse.elements), sizes.sparse.elements)
 
 
 def warnings(sizes: Sizes, others: dict[str, float]) -> list[str]:
     """What makes the result a poor bargain."""
     if not sizes.sparse.tensors and not sizes.codes.tensors:
         return ["no floating-point matrix is sparse: what was saved is compression of dense numbers, prune first"]
-    smaller = [f"{name} {size(count)}" for name, count in others.items() if count < sizes.packed_bytes]
-    if not smaller:
-        return []
-    return [f"smaller than these {size(sizes.packed_bytes)} without any zeros: {', '.join(smaller)}"]
+    return smaller_lines(sizes.packed_bytes, others)

@@ -39,6 +39,7 @@ from secateur.quantize_config import QuantizeConfig
 from secateur.report.artefact import promises_of, read_records, write_artefact, write_report
 from secateur.report.facts import Stopwatch, versions
 from secateur.report.run_report import run_report
+from secateur.report.stored_page import told_room
 from secateur.train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -152,8 +153,8 @@ class Run:
             if self.ranks.first:
                 clear_leftovers(out)
                 with staged(out, overwrite=True) as folder:
-                    self.save(folder, records)
-                    report |= self.watch.spent()
+                    found = self.save(folder, records)
+                    report |= told_room(folder, found, report["warnings"]) | self.watch.spent()
                     write_report(folder / "secateur", report)
                 clear_leftovers(out)
         if is_offloaded(self.loaded.model):  # what it read from is gone
@@ -185,7 +186,8 @@ class Run:
                 self.watch.progress.update(len(records), len(self.adapter.blocks), _said(finished.record))
         return records
 
-    def save(self, folder: Path, records: list[BlockRecord]) -> None:
+    def save(self, folder: Path, records: list[BlockRecord]) -> Inspection:
+        """Fill a directory, and what was found when it was opened again."""
         source, promises = lasting(self.loaded.source), promises_of(self.loaded.model, self.plan)
         with self.watch.stage("save"):
             save(self.loaded.model, self.loaded.tokenizer, folder)
@@ -196,7 +198,7 @@ class Run:
                 records=[record.to_dict() for record in records],
                 promises=promises,
             )
-        checked(folder, self.watch)
+        return checked(folder, self.watch)
 
     def report(self, records: list[BlockRecord], budget: Budget) -> dict[str, Any]:
         """All that ``report.json`` holds; seconds and memory are those of this process."""
@@ -210,7 +212,7 @@ class Run:
         report["left_alone"] = self.adapter.left_alone()
         report["skipped"] = [row.to_dict() for row in self.selection.skipped]
         report["hidden_states"] = {"memory_peak": budget.peak_used, "disk_peak": budget.peak_spilled}
-        return report | {"out": None, "processes": self.ranks.size} | self.watch.spent()
+        return report | {"out": None, "room": None, "processes": self.ranks.size} | self.watch.spent()
 
 
 def checked(folder: Path, watch: Stopwatch, tensors: Mapping[str, torch.Tensor] | None = None) -> Inspection:

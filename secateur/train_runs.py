@@ -31,6 +31,7 @@ from secateur.models.save import clear_leftovers, save, staged
 from secateur.pruning.selection import Selection
 from secateur.report.artefact import promises_of, write_artefact, write_report
 from secateur.report.facts import Stopwatch, versions
+from secateur.report.stored_page import told_room
 from secateur.runs import (
     VERIFY_TOKENS,
     Result,
@@ -136,7 +137,8 @@ class TrainRun:
                 clear_leftovers(out)
                 with staged(out, overwrite=True) as folder:
                     found = self.save(folder, records, kept)
-                    report |= {"low_rank": asdict(found.low_rank) if found.low_rank else None} | self.watch.spent()
+                    report |= {"low_rank": asdict(found.low_rank) if found.low_rank else None}
+                    report |= told_room(folder, found, report["warnings"]) | self.watch.spent()
                     write_report(folder / "secateur", report)
                 clear_leftovers(out)
         if self.config.shard:  # what was trained lies in pieces
@@ -222,6 +224,7 @@ class TrainRun:
                 config.method, records, Outset(**noted["outset"]), self.student.model.dtype, self.loop.skipped
             ),
             "low_rank": None,
+            "room": None,
             "versions": versions(),
         } | self.watch.spent()
 

@@ -52,7 +52,7 @@ def command(directory: Path, baseline: str | None, as_json: bool) -> int:
     lines = [
         *(packed_lines(found.path) if form == "sparse-safetensors" else []),
         *(quantized_lines(storage, packed=packed) if storage else []),
-        *(room_lines(room, found.elements) if room else []),
+        *(room_lines(room) if room else []),
     ]
     emit(as_json, told, *inspect_tables(found), *lines)
     return BROKEN if found.broken else 0

@@ -24,7 +24,7 @@ def command(
     from secateur.api import prune
     from secateur.config import config_from_dict
     from secateur.report.progress import on_stderr
-    from secateur.report.tables import prune_summary
+    from secateur.report.prune_page import prune_summary
 
     values = merged("model", model, recipe, flags, sets)
     source = str(values.pop("model"))

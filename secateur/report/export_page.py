@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
+from secateur.report.runtimes import sizes_said
 from secateur.report.tables import command, facts, percent, seconds, size
 
 
@@ -26,8 +27,7 @@ def _sparse_safetensors(told: dict[str, Any]) -> tuple[Any, ...]:
         "sparse": f"{sparse['tensors']} of {whole['tensors']} tensors, {sparse['elements']:,} weights,"
         f" {size(sparse['dense_bytes'])} to {size(sparse['packed_bytes'])}",
         "bits per weight": _bits(told["bits_per_weight"], told["codes"]["tensors"]),
-        "instead": ", ".join(f"{name} {size(count)}" for name, count in told["alternatives"].items())
-        or f"see `secateur inspect {told['source']}`",
+        "instead": sizes_said(told["alternatives"]) or f"see `secateur inspect {told['source']}`",
         "time": _rates(told),
     }
     return (
@@ -44,6 +44,7 @@ def _openvino(told: dict[str, Any]) -> tuple[Any, ...]:
         "files": f"{size(told['model_bytes'])}, {size(told['dense_bytes'])} in 16 bit: zeros are stored, and packed"
         " when the model is compiled",
         "bits per weight": f"{8 * told['model_bytes'] / told['parameters']:.2f} in all",
+        "instead": sizes_said(told["alternatives"]),
         "linears": f"{len(told['linears'])}, {percent(mean)} zero; {told['packed']} to be packed {told['properties']}",
         "kernels": f"{kernels(told['kernels'])} on this machine",
         "perplexity": f"{perplexity['torch']:.4g} in float32, {perplexity['openvino']:.4g} here"
@@ -66,6 +67,7 @@ def _two_of_four(told: dict[str, Any]) -> tuple[Any, ...]:
         "safetensors": f"{size(told['dense_bytes'])} to {size(told['packed_bytes'])}, {percent(told['share'])}",
         "2:4": f"{len(told['matrices'])} matrices",
         "bits per weight": _bits(told["bits_per_weight"]),
+        "instead": sizes_said(told["alternatives"]),
         "time": _rates(told),
     }
     code = f"model, report = secateur.load_sparse({told['out']!r})"

@@ -24,7 +24,8 @@ from secateur.pruning.footprint import footprint
 from secateur.pruning.rates import Rates
 from secateur.pruning.selection import Selection
 from secateur.pruning.shapes import BlockShape, Run
-from secateur.report.runtimes import ALTERNATIVES, runtimes_for, warnings_for
+from secateur.report.runtimes import ALTERNATIVES, competitors, runtimes_for, smaller_lines, warnings_for
+from secateur.report.stored_page import MASKED
 
 GGUF_PARSE_BYTES = 8e6
 """Bytes of a GGUF file that are parsed a second: its vocabulary, in pure Python, and the dequantization."""
@@ -34,6 +35,7 @@ NOTES = (
     "roles of the linears are taken from shapes and order; the FFN's form is verified when pruning begins",
     "time without reading and tokenizing the text; rounds of closed mode may end early",
 )
+BRANCHED = "mask, 16 bit values, branches"
 FITS = "time without the singular values behind the branches: R x C of them for every linear"
 EVENLY = "experts are counted as if the router spread the tokens evenly"
 
@@ -118,7 +120,8 @@ def report(
     stages = stage_rows(shapes, config, run, rates)
     held = memory(subject, config, selection.plan, shapes, run)
     chosen, pattern = selection.plan, config.target
-    model = subject.adapter.model
+    model, taken = subject.adapter.model, result(subject, selection, config)
+    others = {name: taken["bytes"][name] for name in ALTERNATIVES}
     return PlanReport(
         model={
             "source": subject.source,
@@ -137,9 +140,11 @@ def report(
         seconds=total_seconds(subject, stages, rates, held["disk"]),
         rates=rates.to_dict(),
         memory=held,
-        result=result(subject, selection, config),
+        result=taken,
         runtimes=[row.to_dict() for row in runtimes_for(pattern)],
-        warnings=warnings_for(pattern, subject.parameters) + unknown_roles(shapes, config),
+        warnings=warnings_for(pattern, subject.parameters)
+        + unknown_roles(shapes, config)
+        + smaller_lines(taken["bytes"].get(BRANCHED, taken["bytes"][MASKED]), others, "of a mask and 16 bit values"),
         notes=[
             *NOTES,
             *([EVENLY] if any(shape.experts for shape in shapes) else []),
@@ -251,15 +256,15 @@ def memory(
 def result(subject: Subject, selection: Selection, config: PruneConfig) -> dict[str, Any]:
     """Sizes: as saved (zeros stored), as a mask and 16-bit values, and what dense formats would take."""
     bits, weights = selection.plan.bits_per_weight, selection.plan.size
-    storages = {"saved, zeros stored": 8.0 * subject.dtype.itemsize, "mask and 16 bit values": bits, **ALTERNATIVES}
+    storages = {"saved, zeros stored": 8.0 * subject.dtype.itemsize, MASKED: bits, **ALTERNATIVES}
     numbers = branch_numbers(selection.plan, config.low_rank)
     if numbers:
-        storages["mask, 16 bit values, branches"] = bits + VALUE_BITS * numbers / weights
+        storages[BRANCHED] = bits + VALUE_BITS * numbers / weights
     rest = (subject.parameters - weights) * 2
+    sizes = {name: rest + weights * per / 8 for name, per in storages.items()} | competitors(rest, weights)
     return {
         "bits_per_weight": storages,
-        "bytes": {name: rest + weights * per / 8 for name, per in storages.items()}
-        | {"saved, zeros stored": subject.bytes + numbers * subject.dtype.itemsize},
+        "bytes": sizes | {"saved, zeros stored": subject.bytes + numbers * subject.dtype.itemsize},
     }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from secateur.report.runtimes import ALTERNATIVES
+from secateur.report.runtimes import competitors, sizes_said, smaller_lines
 from secateur.report.tables import (
     command,
     eval_command,
@@ -20,21 +20,16 @@ from secateur.report.tables import (
     warning_lines,
 )
 
-CLEARLY = 0.02
-"""Share by which something must be smaller to be called that."""
-
 
 def alternatives(storage: Mapping[str, Any]) -> dict[str, float]:
     """Bytes of the whole model by what else could become of the quantized linears; all else as it is stored."""
-    return {name: storage["other_bytes"] + storage["weights"] * bits / 8 for name, bits in ALTERNATIVES.items()}
+    return competitors(storage["other_bytes"], storage["weights"])
 
 
 def storage_warnings(storage: Mapping[str, Any], others: Mapping[str, float], *, packed: bool = False) -> list[str]:
     """What makes the result a poor bargain. ``packed``: its zeros are left out already."""
-    lines = []
     made = storage["code_bytes"] + storage["side_bytes"] + storage["other_bytes"]
-    if smaller := [f"{name} {size(count)}" for name, count in others.items() if count < (1 - CLEARLY) * made]:
-        lines.append(f"smaller than these {size(made)} without any zeros: {', '.join(smaller)}")
+    lines = smaller_lines(made, others)
     if storage["zeros"] and not packed:
         lines.append(
             f"{percent(storage['zeros'] / storage['weights'])} zeros take as much room here as any code: the dense "
@@ -60,7 +55,7 @@ def storage_rows(storage: Mapping[str, Any], others: Mapping[str, float]) -> dic
         f"{16 / storage['masked_bits_per_weight']:.1f}; by non-zero codes alone, as in papers, {nominal(storage):.1f}",
         "files": f"{size(storage['file_bytes'])}: codes {size(storage['code_bytes'])}, scales and zero points "
         f"{size(storage['side_bytes'])}, all else {size(storage['other_bytes'])}",
-        "instead": ", ".join(f"{name} {size(count)}" for name, count in others.items()),
+        "instead": sizes_said(others),
     }
 
 

@@ -4,13 +4,17 @@ The table is the state of late 2026. Rows say what was measured or published, wh
 stores and multiplies zeros like any number is a row too, because that is what most people will meet first.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from secateur.core.pattern import NM, Block, Pattern
+from secateur.report.tables import size
 
 ALTERNATIVES = {"dense, 16 bit": 16.0, "dense int8": 8.0, "dense int4, groups of 128": 4.2}
 """Bits per weight of what a sparse model competes with."""
+CLEARLY = 0.02
+"""Share by which something must be smaller to be called that."""
 SMALL = 7e9
 """Parameters below which 2:4 in one shot loses so much that it is warned of."""
 
@@ -78,3 +82,18 @@ def warnings_for(pattern: Pattern, parameters: float) -> list[str]:
         "MMLU of Llama-3-8B 0.67 -> 0.40, reasoning average of a Qwen3 54 -> 15 (6:8: 52); plan for retraining, or "
         "take 4:8, 6:8 or 50 % unstructured"
     ]
+
+
+def competitors(rest_bytes: float, weights: int) -> dict[str, float]:
+    """Bytes of the whole model by what else could become of these weights, none of them zero; the rest as it is."""
+    return {name: rest_bytes + weights * bits / 8 for name, bits in ALTERNATIVES.items()}
+
+
+def sizes_said(others: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {size(count)}" for name, count in others.items())
+
+
+def smaller_lines(made: float, others: Mapping[str, float], what: str = "as stored") -> list[str]:
+    """One warning where plain numbers in fewer bits would take clearly less, else none."""
+    smaller = {name: count for name, count in others.items() if count < (1 - CLEARLY) * made}
+    return [f"smaller than the {size(made)} {what} without any zeros: {sizes_said(smaller)}"] if smaller else []

@@ -1,12 +1,14 @@
-"""What ``secateur inspect`` says of the room that a pruned directory takes, and of what would take less."""
+"""What ``prune``, ``train`` and ``inspect`` say of the room that a pruned directory takes, and what would take less."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 
 from secateur.core.pattern import VALUE_BITS
-from secateur.report.runtimes import ALTERNATIVES
+from secateur.export.directory import file_bytes
+from secateur.report.runtimes import ALTERNATIVES, competitors, sizes_said, smaller_lines
 from secateur.report.tables import facts, size, warning_lines
 
 if TYPE_CHECKING:
@@ -21,34 +23,57 @@ FORMS = {
 """What is to be said of the zeros in each form of a directory."""
 
 
-def room_of(found: "Inspection", form: str, file_bytes: int) -> dict[str, Any]:
+def room_of(found: "Inspection", form: str, taken: int) -> dict[str, Any]:
     """Bits of a pruned weight and bytes of the whole model: as stored, with a mask, and by what competes with that.
 
     All that was not pruned is counted at 16 bit, but as stored; low-rank branches with what they belong to.
     """
     branches = found.low_rank.bits_per_weight if found.low_rank else 0.0
-    bits = {MASKED: VALUE_BITS * (1 - found.sparsity) + 1 + branches, **ALTERNATIVES}
+    masked = VALUE_BITS * (1 - found.sparsity) + 1 + branches
     rest = 2 * (found.elements - found.weights)
     return {
         "form": form,
-        "bytes": file_bytes + (found.low_rank.bytes if found.low_rank else 0),
-        "bits_per_weight": bits,
-        "whole": {name: rest + found.weights * per / 8 for name, per in bits.items()},
+        "bytes": taken + (found.low_rank.bytes if found.low_rank else 0),
+        "elements": found.elements,
+        "weights": found.weights,
+        "bits_per_weight": {MASKED: masked, **ALTERNATIVES},
+        "whole": {MASKED: rest + found.weights * masked / 8, **competitors(rest, found.weights)},
     }
 
 
-def room_lines(room: Mapping[str, Any], elements: int) -> list[RenderableType]:
-    masked, others = room["whole"][MASKED], {name: room["whole"][name] for name in ALTERNATIVES}
-    stored = f"{size(room['bytes'])}, {8 * room['bytes'] / max(elements, 1):.2f} bits a weight in all"
+def told_room(folder: Path, found: "Inspection", warnings: Sequence[str]) -> dict[str, Any]:
+    """What a run's report says of the directory that it saved, and its warnings with those of that."""
+    room = room_of(found, "dense", file_bytes(folder))
+    return {"room": room, "warnings": [*room_warnings(room), *warnings]}
+
+
+def room_rows(room: Mapping[str, Any] | None) -> dict[str, str]:
+    """Bits and bytes, line by line; of a directory without pruned weights only what it takes."""
+    if room is None:  # nothing was saved, or by an earlier version
+        return {}
+    stored = f"{size(room['bytes'])}, {8 * room['bytes'] / max(room['elements'], 1):.2f} bits a weight in all"
     rows = {"stored": f"{stored}: {FORMS[room['form']]}"}
-    best, what = room["bytes"], "as stored"
+    if not room["weights"]:
+        return {"stored": stored}
     if room["form"] == "dense":
-        best, what = masked, "of a mask and 16 bit values"
         rows[MASKED] = (
-            f"{size(masked)}, {room['bits_per_weight'][MASKED]:.2f} bits a pruned weight, all else at 16 "
-            "(`secateur export --to sparse-safetensors`)"
+            f"{size(room['whole'][MASKED])}, {room['bits_per_weight'][MASKED]:.2f} bits a pruned weight, all else at "
+            "16 (`secateur export --to sparse-safetensors`)"
         )
-    rows["without any zeros"] = ", ".join(f"{name} {size(count)}" for name, count in others.items())
-    smaller = [f"{name} {size(count)}" for name, count in others.items() if count < best]
-    line = f"smaller than the {size(best)} {what} without any zeros: {', '.join(smaller)}"
-    return [*facts("room", rows), *warning_lines([line] if smaller else [])]
+    return {**rows, "without any zeros": sizes_said(_others(room))}
+
+
+def room_warnings(room: Mapping[str, Any]) -> list[str]:
+    """What makes the zeros a poor bargain: a dense directory is taken for what its masks would make of it."""
+    if room["form"] == "dense":
+        return smaller_lines(room["whole"][MASKED], _others(room), "of a mask and 16 bit values")
+    return smaller_lines(room["bytes"], _others(room))
+
+
+def _others(room: Mapping[str, Any]) -> dict[str, float]:
+    return {name: room["whole"][name] for name in ALTERNATIVES}
+
+
+def room_lines(room: Mapping[str, Any]) -> list[RenderableType]:
+    """What ``secateur inspect`` adds."""
+    return [*facts("room", room_rows(room)), *warning_lines(room_warnings(room))]

@@ -1,4 +1,4 @@
-"""What a run prints on stdout. Every function returns the parts, top to bottom; the command line prints them."""
+"""What pages are made of, and those of eval, inspect and demo: parts, top to bottom; the command line prints them."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -58,54 +58,9 @@ def text_name(name: str) -> str:
     return f"embedded: {EMBEDDED}" if name == "embedded" else name
 
 
-# ---- prune
-
-
-def prune_summary(report: dict[str, Any]) -> list[RenderableType]:
-    """What was done, in ten lines, and the command that measures it."""
-    blocks = report["blocks"]
-    rows = {
-        "pattern": f"{report['recipe']['pattern']}: {report['pattern']['words']}",
-        "pruned": f"{report['linears']} linears in {blocks['pruned']} of {blocks['total']} blocks,"
-        f" {report['weights']:,} weights",
-        "sparsity": _sparsity(report),
-        **low_rank_row(report["low_rank"]),
-        **_left_alone(report["left_alone"]),
-        "text": _text(report),
-        "output error": _output_error(report["output_error"]),
-        "dropped rows": str(report["dropped_rows"]),
-        "skipped": skipped_lines(report["skipped"]),
-        "time": time_of(report["seconds"]),
-        "peak memory": memory_of(report),
-    }
-    method = report["recipe"]["method"]["name"]
-    return [
-        *facts(f"{report['model']['source']} pruned with {method}", rows),
-        *warning_lines(report["warnings"]),
-        *_after_pruning(report),
-    ]
-
-
-def _text(report: dict[str, Any]) -> str:
-    data, method = report["data"], report["recipe"]["method"]["name"]
-    if not data["needed"]:
-        return f"none: {method} looks at the weights alone"
-    return f"{text_name(data['name'])}, {data['samples']} x {data['seq_len']} tokens, seed {report['seed']}"
-
-
 def skipped_lines(skipped: Sequence[dict[str, Any]]) -> str:
     """How many linears stay as they are, a line for each reason."""
     return "\n".join(f"{row['count']}: {row['why']}" for row in skipped) or "none"
-
-
-def _sparsity(report: dict[str, Any]) -> str:
-    asked, got = report["sparsity"]["requested"], report["sparsity"]["achieved"]
-    return f"{percent(asked)} asked, {percent(got)} achieved"
-
-
-def _left_alone(names: Sequence[str]) -> dict[str, str]:
-    """Said only of models that have a router."""
-    return {"left alone": f"{len(names)} routers and gates of experts, the first {names[0]}"} if names else {}
 
 
 def low_rank_row(told: dict[str, Any] | None) -> dict[str, str]:
@@ -119,12 +74,6 @@ def low_rank_row(told: dict[str, Any] | None) -> dict[str, str]:
     if "returned" not in told:
         return {"low rank": cost + "more"}
     return {"low rank": f"{cost}with them; {percent(told['returned'])} of what outputs lacked given back"}
-
-
-def _output_error(error: dict[str, float] | None) -> str:
-    if error is None:
-        return "not measured"
-    return f"{error['mean']:.4f} mean over blocks, {error['last']:.4f} last block (share of a block's work lost)"
 
 
 def time_of(stages: dict[str, float]) -> str:
@@ -141,17 +90,6 @@ def warning_lines(warnings: Sequence[str]) -> list[RenderableType]:
     shown = [Text(f"warning: {line}", style="yellow") for line in warnings[:MANY]]
     more = len(warnings) - MANY
     return [*shown, Text(f"and {more} more in report.json", style="yellow")] if more > 0 else list(shown)
-
-
-def _after_pruning(report: dict[str, Any]) -> list[RenderableType]:
-    """OUT and the next command; nothing where nothing was saved."""
-    out = report["out"]
-    if out is None:
-        return []
-    return [
-        Text(f"saved to {out}, opened again: every promise is kept", style="green"),
-        command("Next:", *eval_command(out, report["model"]["source"], report["data"])),
-    ]
 
 
 def eval_command(out: str, source: str, data: dict[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.core.losses import Distillation
+from secateur.report.stored_page import room_rows
 from secateur.report.tables import (
     command,
     facts,
@@ -95,6 +96,7 @@ def train_summary(report: dict[str, Any]) -> list[RenderableType]:
         "text": f"{before['cross_entropy']:.4f} -> {after['cross_entropy']:.4f} nats on the same",
         "masks": f"{report['flip_rate']:.2e} of them changed at the last refresh",
         **low_rank_row(report["low_rank"]),
+        **room_rows(report.get("room")),
         "time": time_of(report["seconds"]),
         "peak memory": memory_of(report),
     }

@@ -260,15 +260,20 @@ def test_inspect(pruned, run, model_dir):
     assert run("inspect", out, "--baseline", model_dir).code == 0
 
 
-def test_inspect_counts_the_room_and_says_what_would_take_less(pruned, run):
-    out, _ = pruned
+def test_the_room_is_counted_and_said_and_what_would_take_less(pruned, run):
+    out, ran = pruned
     found = run("inspect", out, "--json").json
     room, rest = found["room"], found["elements"] - found["weights"]
     assert found["bytes"] == 4 * found["elements"], "float32, zeros stored"
     assert room["bytes"] == (out / "model.safetensors").stat().st_size, "and a header"
     assert room["bits_per_weight"]["mask and 16 bit values"] == 9, "half of 16, and a bit of mask"
     assert room["whole"]["dense int8"] == 2 * rest + found["weights"]
-    assert "smaller than the" in run("inspect", out).out, "dense int8 takes 8 bits"
+    report = json.loads((out / "secateur" / "report.json").read_text())
+    assert report["room"] == room, "prune tells the same"
+    assert "without any zeros: dense int8" in report["warnings"][0], "which takes 8 bits"
+    for said in (ran.out, run("inspect", out).out):
+        assert "9.00 bits a pruned weight" in said
+        assert report["warnings"][0] in said
 
 
 def test_inspect_exits_1_when_a_promise_is_broken(pruned, run, tmp_path):

@@ -246,7 +246,7 @@ def test_room_is_counted_without_reading_weights(int4):
 
 def test_where_a_dense_model_would_be_smaller_that_is_said(run, sparse, text, tmp_path):
     ran = run("quantize", sparse, "--bits", 8, "--method", "rtn", *text, "--out", tmp_path / "out", "--json")
-    line = next(line for line in ran.json["warnings"] if line.startswith("smaller than these"))
+    line = next(line for line in ran.json["warnings"] if line.startswith("smaller than the"))
     assert "dense int4, groups of 128" in line
     assert "dense int8" not in line
     assert ran.json["data"]["needed"] is False

@@ -57,6 +57,12 @@ def test_what_is_saved_keeps_its_pattern_and_opens_without_us(run, trained):
     assert len(promise["linears"]) == 14
 
 
+def test_the_room_is_that_of_inspect(run, trained):
+    out, ran = trained
+    assert ran.json["room"] == run("inspect", out, "--json").json["room"]
+    assert any("without any zeros: dense int8" in line for line in ran.json["warnings"])
+
+
 def test_its_recipe_gives_the_same_bytes_again(run, trained, tmp_path, files):
     out, _ = trained
     assert run("train", "--recipe", out / "secateur" / "recipe.yaml", "--out", tmp_path / "again").code == 0
