@@ -225,6 +225,10 @@ def test_what_is_told(int4, run, sparse):
     assert inspected.json["quantized"] == storage
     assert {row["pattern"] for row in inspected.json["rows"] if row["ok"] is not None} == {"2:4"}
     printed = run("inspect", out)
+    papers = 32 * weights / (4 * (weights - storage["zeros"]))  # 2:4 in int4: 16, and codes that were rounded to zero
+    assert 16 <= papers < 17.5
+    for said in (ran.out, printed.out):
+        assert f"as papers count  {papers:.1f} times smaller: non-zero codes alone, from 32 bit" in said
     assert "every promise is kept" in printed.out
     assert "pack-quantized, int4, groups of 128, symmetric" in printed.out
 
