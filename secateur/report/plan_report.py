@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import psutil
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from secateur.config import PruneConfig
 from secateur.core.pattern import VALUE_BITS
@@ -24,7 +25,16 @@ from secateur.pruning.footprint import footprint
 from secateur.pruning.rates import Rates
 from secateur.pruning.selection import Selection
 from secateur.pruning.shapes import BlockShape, Run
-from secateur.report.runtimes import ALTERNATIVES, competitors, runtimes_for, smaller_lines, warnings_for
+from secateur.report.runtimes import (
+    ALTERNATIVES,
+    BRANCHES,
+    CONV1D,
+    EXPERTS,
+    competitors,
+    runtimes_for,
+    smaller_lines,
+    warnings_for,
+)
 from secateur.report.stored_page import MASKED
 
 GGUF_PARSE_BYTES = 8e6
@@ -141,7 +151,7 @@ def report(
         rates=rates.to_dict(),
         memory=held,
         result=taken,
-        runtimes=[row.to_dict() for row in runtimes_for(pattern)],
+        runtimes=[row.to_dict() for row in runtimes_for(pattern, held_by(subject.adapter, config.low_rank))],
         warnings=warnings_for(pattern, subject.parameters)
         + unknown_roles(shapes, config)
         + smaller_lines(taken["bytes"].get(BRANCHED, taken["bytes"][MASKED]), others, "of a mask and 16 bit values"),
@@ -271,6 +281,16 @@ def result(subject: Subject, selection: Selection, config: PruneConfig) -> dict[
 def branch_numbers(plan: Plan, rank: int) -> int:
     """In the factors of all branches."""
     return sum(rank * sum(target.shape) for target in plan.values())
+
+
+def held_by(adapter: DecoderAdapter, rank: int) -> set[str]:
+    """What the pruned model will hold that some exports refuse."""
+    found = {
+        BRANCHES: rank > 0,
+        EXPERTS: any(adapter.experts(block) for block in adapter.blocks),
+        CONV1D: any(isinstance(module, Conv1D) for module in adapter.model.modules()),
+    }
+    return {name for name, there in found.items() if there}
 
 
 def unknown_roles(shapes: list[BlockShape], config: PruneConfig) -> list[str]:

@@ -4,8 +4,8 @@ The table is the state of late 2026. Rows say what was measured or published, wh
 stores and multiplies zeros like any number is a row too, because that is what most people will meet first.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from secateur.core.pattern import NM, Block, Pattern
@@ -15,6 +15,8 @@ ALTERNATIVES = {"dense, 16 bit": 16.0, "dense int8": 8.0, "dense int4, groups of
 """Bits per weight of what a sparse model competes with."""
 CLEARLY = 0.02
 """Share by which something must be smaller to be called that."""
+BRANCHES, EXPERTS, CONV1D = "low-rank branches", "mixtures of experts", "Conv1D (GPT-2)"
+"""What a model may hold that an export has no place for."""
 SMALL = 7e9
 """Parameters below which 2:4 in one shot loses so much that it is warned of."""
 
@@ -29,6 +31,13 @@ class Runtime:
     least: float = 0.0
     """Share of zeros from which on."""
     kinds: tuple[str, ...] = ("unstructured", "2:4", "n:m", "block")
+    refuses: tuple[str, ...] = ()
+    """What its export has no place for."""
+
+    def of(self, held: Collection[str]) -> "Runtime":
+        """This row for a model that holds such things."""
+        why = " and ".join(one for one in self.refuses if one in held)
+        return replace(self, gain=f"none: the export refuses {why}", needs="nothing") if why else self
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "gain": self.gain, "needs": self.needs}
@@ -37,14 +46,25 @@ class Runtime:
 RUNTIMES = (
     Runtime("download", "smaller file with bitmask and compression", "`secateur export --to sparse-safetensors`", 0.2),
     Runtime(
-        "OpenVINO, AMX Xeon", "1.5x at 60 %, 1.7x at 70 % and more; less memory", "`secateur export --to openvino`", 0.6
+        "OpenVINO, AMX Xeon",
+        "single layers, against dense int8, in a prototype: 1.5x at 60 %, 1.7x at 70 % and more",
+        "`secateur export --to openvino`",
+        0.6,
+        refuses=(BRANCHES, EXPERTS),
     ),
-    Runtime("OpenVINO, AMX Xeon", "1.2x at 50 %", "`secateur export --to openvino`", 0.5),
+    Runtime(
+        "OpenVINO, AMX Xeon",
+        "single layers, against dense int8, in a prototype: 1.2x at 50 %",
+        "`secateur export --to openvino`",
+        0.5,
+        refuses=(BRANCHES, EXPERTS),
+    ),
     Runtime(
         "torch.sparse, CUDA sm_80+",
-        "prefill and large batches, weights at 56 %; single-token decoding gets slower",
+        "weights at 56 %; made for prompts and large batches, speed not measured yet",
         "`secateur export --to torch-2:4`, layer by layer",
         kinds=("2:4",),
+        refuses=(BRANCHES, EXPERTS, CONV1D),
     ),
     Runtime(
         "MACKO, consumer NVIDIA", "1.3 to 1.5x at batch 1 and 50 %", "research code, fp16", 0.5, ("unstructured", "n:m")
@@ -66,10 +86,10 @@ def kind_of(pattern: Pattern) -> str:
             return "unstructured"
 
 
-def runtimes_for(pattern: Pattern) -> list[Runtime]:
-    """Rows that fit the pattern, each name once, in the table's order."""
+def runtimes_for(pattern: Pattern, held: Collection[str] = ()) -> list[Runtime]:
+    """Rows that fit the pattern, each name once, in the table's order, for a model that holds such things."""
     fitting = [r for r in RUNTIMES if kind_of(pattern) in r.kinds and pattern.sparsity >= r.least]
-    return list({row.name: row for row in reversed(fitting)}.values())[::-1]
+    return [row.of(held) for row in {row.name: row for row in reversed(fitting)}.values()][::-1]
 
 
 def warnings_for(pattern: Pattern, parameters: float) -> list[str]:

@@ -227,6 +227,20 @@ def test_weights_that_do_not_fit_are_named_as_prune_names_them(run, broken, text
         assert planned.error == pruned.error
 
 
+def test_what_exports_refuse_is_seen(moe, run, model_dir):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from secateur.models.adapter import DecoderAdapter
+    from secateur.report.plan_report import held_by
+    from secateur.report.runtimes import CONV1D, EXPERTS
+
+    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=64))
+    assert held_by(DecoderAdapter(gpt), 0) == {CONV1D}
+    assert held_by(DecoderAdapter(moe("mixtral")), 0) == {EXPERTS}
+    ran = run("plan", model_dir, "--pattern", "2:4", "--low-rank", "4", "--data", "c4", *SMALL)
+    assert re.search("OpenVINO, AMX Xeon +none: the export refuses low-rank branches", ran.out)
+
+
 # ---- what cannot be done
 
 WRONG = {

@@ -3,7 +3,7 @@
 import pytest
 
 from secateur.core.pattern import NM, Block, Unstructured, bits_per_weight
-from secateur.report.runtimes import RUNTIMES, runtimes_for, warnings_for
+from secateur.report.runtimes import BRANCHES, CONV1D, EXPERTS, RUNTIMES, runtimes_for, warnings_for
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,22 @@ def test_rows_that_fit():
     assert "torch.sparse, CUDA sm_80+" in gains(NM(1, 4))
     assert "torch.sparse, CUDA sm_80+" not in gains(NM(4, 8)) | gains(Unstructured(0.5))
     assert all(RUNTIMES[-1].name in gains(p) for p in (Unstructured(0.1), NM(2, 4), Block(0.5, 4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("held", "openvino", "torch"),
+    [
+        (set(), "in a prototype", "not measured yet"),
+        ({BRANCHES}, "refuses low-rank", "refuses low-rank"),
+        ({EXPERTS}, "refuses mixtures", "refuses mixtures"),
+        ({CONV1D}, "in a prototype", "refuses Conv1D"),
+    ],
+)
+def test_no_row_promises_what_its_export_refuses(held, openvino, torch):
+    rows = {row.name: row.gain for row in runtimes_for(NM(2, 4), held)}
+    assert openvino in rows["OpenVINO, AMX Xeon"]
+    assert torch in rows["torch.sparse, CUDA sm_80+"]
+    assert "refuses" not in rows["download"]
 
 
 def test_warnings():
