@@ -113,13 +113,18 @@ class TrainRun:
         return self.selection.plan
 
     @property
+    def cached(self) -> bool:
+        """Whether the teacher answers from the disk."""
+        return self.teacher.place != self.teacher.source
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What decides the bytes: an unfinished run goes on only where all of it is the same."""
         tokens = hashlib.sha256(self.batches.windows.numpy().tobytes()).hexdigest()[:16]
         return {
             "recipe": {key: value for key, value in self.config.to_dict().items() if key not in MACHINE},
             "student": self.student.fingerprint,
-            "teacher": {"model": self.teacher.fingerprint, "cached": self.teacher.place != self.teacher.source},
+            "teacher": {"model": self.teacher.fingerprint, "cached": self.cached},
             "tokens": tokens,
             "versions": versions(),
         }
@@ -204,7 +209,7 @@ class TrainRun:
         config, seconds = self.config, [record.seconds for record in records]
         return {
             "student": {"source": self.student.source, "class": type(self.student.model).__name__},
-            "teacher": {"source": self.teacher.source},
+            "teacher": {"source": self.teacher.source, "cached": self.cached},
             "recipe": config.to_dict(),
             "pattern": {"short": str(config.target), "words": config.words},
             "sparsity": kept.sparsity,

@@ -11,6 +11,7 @@ from secateur.core.losses import Distillation
 from secateur.report.stored_page import room_rows
 from secateur.report.tables import (
     command,
+    eval_command,
     facts,
     low_rank_row,
     memory_of,
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from secateur.evaluation.perplexity import PerplexityResult
     from secateur.training.loop import StepRecord
 
+DIVERGENCES = {"forward": "forward KL", "reverse": "reverse KL", "jensen-shannon": "Jensen-Shannon"}
+"""What each ``loss.divergence`` is called; no alpha and no T² is in what is told."""
+
 
 def demo_tables(
     report: dict[str, Any], records: "Sequence[StepRecord]", told: "dict[str, PerplexityResult]", total: float
@@ -33,7 +37,7 @@ def demo_tables(
     """Two tables: perplexity of the dense, the pruned and the trained model; some steps on the way."""
     table = Table("perplexity on held-out text", *told, box=None, header_style="bold")
     table.add_row("", *(f"{result.ppl:.2f}" for result in told.values()))
-    steps = Table("step", "loss to the teacher", "masks moved", box=None, header_style="bold")
+    steps = Table("step", "forward KL at temperature 2", "masks moved", box=None, header_style="bold")
     for record in [*records[:-1:4], records[-1]]:
         steps.add_row(str(record.step), f"{record.divergence:.3f}", f"{record.flip_rate:.1e}")
     for column in (*table.columns[1:], *steps.columns):
@@ -85,16 +89,18 @@ def cache_summary(told: dict[str, Any]) -> list[RenderableType]:
 def train_summary(report: dict[str, Any]) -> list[RenderableType]:
     """A dozen lines."""
     before, after = report["held_out"]["before"], report["held_out"]["after"]
+    words, sparse, loss = report["pattern"]["words"], report["weights"] > 0, report["recipe"]["loss"]
     rows = {
-        "pattern": f"{report['recipe']['pattern']}: {report['pattern']['words']}",
+        "pattern": f"{report['recipe']['pattern']}: {words}" if sparse else words,
         "sparse": f"{report['linears']} linears, {report['weights']:,} weights, {percent(report['sparsity'])}",
         "skipped": skipped_lines(report["skipped"]),
         "teacher": report["teacher"]["source"],
         "trained": f"{report['steps']} steps, {report['tokens']:,} tokens ({report['epochs']:.2f} epochs), "
         f"{report['tokens_per_second']:.0f} tokens/s",
-        "from the teacher": f"{before['divergence']:.4f} -> {after['divergence']:.4f} nats on held-out windows",
+        "from the teacher": f"{before['divergence']:.4f} -> {after['divergence']:.4f} nats on held-out windows, "
+        f"{DIVERGENCES[loss['divergence']]} at temperature {loss['temperature']:g}{_cached(report['teacher'])}",
         "text": f"{before['cross_entropy']:.4f} -> {after['cross_entropy']:.4f} nats on the same",
-        "masks": f"{report['flip_rate']:.2e} of them changed at the last refresh",
+        **({"masks": f"{report['flip_rate']:.2e} of them changed at the last refresh"} if sparse else {}),
         **low_rank_row(report["low_rank"]),
         **room_rows(report.get("room")),
         "time": time_of(report["seconds"]),
@@ -103,8 +109,14 @@ def train_summary(report: dict[str, Any]) -> list[RenderableType]:
     return [
         *facts(f"{report['student']['source']} trained with {report['recipe']['method']}", rows),
         *warning_lines(report["warnings"]),
-        Text(f"saved to {report['out']}, opened again: every promise is kept", style="green"),
-        command(
-            "Next:", "secateur", "eval", report["out"], "--baseline", report["teacher"]["source"], "--data", "wikitext2"
-        ),
+        Text(f"saved to {report['out']}, opened again{': every promise is kept' if sparse else ''}", style="green"),
+        command("Next:", *eval_command(report["out"], report["teacher"]["source"], _measured(report))),
     ]
+
+
+def _cached(teacher: dict[str, Any]) -> str:
+    return " between the tokens of the cache, the rest as one" if teacher.get("cached") else ""
+
+
+def _measured(report: dict[str, Any]) -> dict[str, Any]:
+    return {"name": report["data"][0]["name"], "seq_len": report["recipe"]["seq_len"]}

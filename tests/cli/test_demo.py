@@ -46,7 +46,7 @@ def test_demo_goes_on_where_it_was_stopped(small_demo, run, monkeypatch):
 def test_demo_trains_and_shows_what_it_won_back(small_demo, run):
     ran = run("demo", "--train")
     assert ran.code == 0, ran.err
-    for words in ("dense", "one-shot", "trained", "loss to the teacher", "masks moved", "tokens, "):
+    for words in ("dense", "one-shot", "trained", "forward KL at temperature 2", "masks moved", "tokens, "):
         assert words in ran.out
     assert run("inspect", "secateur-demo").code == 0
     again = run("demo", "--train", "--json").json

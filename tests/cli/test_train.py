@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shlex
 from itertools import combinations
 
 import pytest
@@ -61,6 +63,19 @@ def test_the_room_is_that_of_inspect(run, trained):
     out, ran = trained
     assert ran.json["room"] == run("inspect", out, "--json").json["room"]
     assert any("without any zeros: dense int8" in line for line in ran.json["warnings"])
+
+
+@pytest.mark.parametrize("method", ["ast", "none"])
+def test_what_is_printed_and_the_command_after_it(method, run, sharp_dir, tmp_path):
+    flags = [*SMALL, "--tokens", 256, "--method", method, "--set", "loss.temperature=3"]
+    ran = run("train", sharp_dir, "--data", "embedded", *flags, "--out", tmp_path / "out")
+    assert ran.code == 0, ran.err
+    assert "nats on held-out windows, forward KL at temperature 3\n" in re.sub(" +\n", "\n", ran.out)
+    for words in ("2:4", "changed at the last refresh", "every promise is kept"):
+        assert (words in ran.out) == (method == "ast"), words
+    line = next(line for line in ran.out.splitlines() if line.startswith("Next:"))
+    ran = run(*shlex.split(line.removeprefix("Next:"))[1:], "--limit", 2)
+    assert ran.code == 0, ran.err
 
 
 def test_its_recipe_gives_the_same_bytes_again(run, trained, tmp_path, files):
