@@ -6,8 +6,9 @@
 Protocol: SmolLM2-135M-Instruct (``demo``), calibration 16 x 2048 tokens of calib/c4_en_train_1200.jsonl drawn by the
 seed, perplexity at 2048 on the first 40 windows of ppl/wikitext2_raw_test.txt and the first 20 of
 ppl/c4_en_validation_200.jsonl, no overlap, float32 loss over bfloat16-autocast forwards (float32 forwards differ by
-0.06 %, see docs/results.md). Cases of "all" windows measure the whole WikiText-2 test text in the same pass. The texts
-are found through SECATEUR_DATA. Every finished case is one line of benchmarks/results/quality.jsonl, with its recipe.
+0.06 %, see docs/LOG.md, 2026-11-22). Cases of "all" windows measure the whole WikiText-2 test text in the same pass.
+The texts are found through SECATEUR_DATA. Every finished case is one line of benchmarks/results/quality.jsonl, with its
+recipe.
 
 ``--model gemma3`` and ``--model opt`` do the same, at fewer patterns and one seed, to other models (``MODELS``), with
 results in files of their own. The first is made by

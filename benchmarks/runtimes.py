@@ -119,19 +119,23 @@ def finished() -> dict[str, dict[str, Any]]:
 
 
 def row(result: dict[str, Any]) -> str:
-    """Milliseconds of the second model, how many times as fast it is, and both models' private memory."""
+    """Milliseconds of the second model, how many times as fast it is, and both models' private memory: when opened,
+    and at most after a measurement."""
     told = result["bench"]
     cells = [
         f"{1000 * cell['seconds'][1]['median']:.1f} ms, {cell['speedup']['median']:.2f}x" for cell in told["cells"]
     ]
-    memory = [f"{told[name]['own_peak_memory'] / 1e6:.0f}" for name in ("dense", "pruned")]
+    memory = [
+        " / ".join(f"{told[name][when] / 1e6:.0f}" for name in ("dense", "pruned")) + " MB"
+        for when in ("own_memory", "own_peak_memory")
+    ]
     model, one, other = result["key"].split(" | ")
-    return f"| {model} | {one} | {other} | {' | '.join(cells)} | {' / '.join(memory)} MB |"
+    return f"| {model} | {one} | {other} | {' | '.join(cells)} | {' | '.join(memory)} |"
 
 
 def table() -> None:
-    print("| model | one | other | prompt, 1 row | prompt, 8 rows | token, 1 row | token, 8 rows | memory |")
-    print("| --- | --- | --- |" + " ---: |" * 5)
+    print("| model | one | other | prompt, 1 row | prompt, 8 rows | token, 1 row | token, 8 rows | opened | at most |")
+    print("| --- | --- | --- |" + " ---: |" * 6)
     for result in finished().values():
         print(row(result))
 
