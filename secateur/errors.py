@@ -12,6 +12,11 @@ Arithmetic in ``core`` raises plain ValueError for bad arguments; this tree is f
 """
 
 
+def first_line(error: BaseException) -> str:
+    """Of an exception's message; its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class SecateurError(Exception):
     """Base of all errors that end a command in one line."""
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from secateur.errors import DataError, UsageError
+from secateur.errors import DataError, UsageError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,7 +83,7 @@ def _from_file(path: Path) -> dict[str, Any]:
     try:
         told = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"{path} is no task that can be read ({str(error).splitlines()[0]})") from error
+        raise UsageError(f"{path} is no task that can be read ({first_line(error)})") from error
     if not isinstance(told, dict) or "task" not in told:
         raise UsageError(f"{path} is no task: an lm-eval task file has a key `task`, its name")
     return told
@@ -135,8 +135,7 @@ def _manager() -> Any:
                 return super().load(tasks)
             except Exception as error:  # whatever a task's own code, datasets or the network raises
                 names = ", ".join(task if isinstance(task, str) else task["task"] for task in tasks)
-                why = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise DataError(f"the questions of {names} could not be loaded: {why}") from error
+                raise DataError(f"the questions of {names} could not be loaded: {first_line(error)}") from error
 
     return Manager()
 

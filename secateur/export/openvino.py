@@ -20,7 +20,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from secateur.errors import ModelError, UsageError
+from secateur.errors import ModelError, UsageError, first_line
 from secateur.export.directory import Watch, dense_names, refuse_stored_branches
 from secateur.export.int8 import Int8Record, calibrate, to_int8
 from secateur.export.openvino_graph import convert
@@ -177,11 +177,11 @@ def _tokenizer(loaded: Loaded, stage: Path) -> str:
     try:
         from openvino_tokenizers import convert_tokenizer
     except (ImportError, RuntimeError) as error:
-        return f"not converted: openvino-tokenizers is not usable here ({str(error).splitlines()[0]})"
+        return f"not converted: openvino-tokenizers is not usable here ({first_line(error)})"
     try:
         pair: Any = convert_tokenizer(loaded.tokenizer, with_detokenizer=True)
     except Exception as error:  # whatever a converter of foreign files raises; the Hugging Face files are there
-        return f"not converted: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        return f"not converted: {first_line(error)}"
     text = "The cat (12) sat,\non my été."
     found = openvino().compile_model(pair[0], "CPU")([text])["input_ids"]
     if found[0].tolist() != loaded.tokenizer(text)["input_ids"]:

@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from secateur.errors import DeviceError, ModelError, SecateurError, UsageError
+from secateur.errors import DeviceError, ModelError, SecateurError, UsageError, first_line
 from secateur.models.branches import FOLDER, attach, load_branches
 from secateur.models.codes import decompress, holds_codes, prepare
 from secateur.models.gguf_once import parsed_once
@@ -306,5 +306,4 @@ def in_one_line(source: str, advice: str) -> Iterator[None]:
     except SecateurError:
         raise
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"cannot load {source}: {lines[0].rstrip('.:; ')}; {advice}") from error
+        raise ModelError(f"cannot load {source}: {first_line(error).rstrip('.:; ')}; {advice}") from error

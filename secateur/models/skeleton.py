@@ -22,7 +22,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-from secateur.errors import ModelError, SecateurError
+from secateur.errors import ModelError, SecateurError, first_line
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.branches import load_branches, refuse_branches
 from secateur.models.experts import fused_row, routing
@@ -164,7 +164,7 @@ def _structure_in_one_line(source: str) -> Iterator[None]:
     except SecateurError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{source} cannot be planned without its weights ({reason}); prune may still do it") from error
+        lacks = f"{source} cannot be planned without its weights ({first_line(error)})"
+        raise ModelError(f"{lacks}; prune may still do it") from error
     finally:
         log.setLevel(level)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from secateur.core.moments import Moments
 from secateur.core.pattern import Pattern, Stacked
-from secateur.errors import DeviceError, ProcessError
+from secateur.errors import DeviceError, ProcessError, first_line
 
 PATIENCE = timedelta(hours=2)
 """How long a rank waits for the others: the first may solve alone, or write."""
@@ -105,8 +105,8 @@ def _heard() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ProcessError(f"another process of this run is gone ({reason}); start all again with --resume") from error
+        gone = f"another process of this run is gone ({first_line(error)})"
+        raise ProcessError(f"{gone}; start all again with --resume") from error
 
 
 def pattern_of_rows(pattern: Pattern | Stacked, rows: range) -> Pattern | Stacked:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secateur.core.grid import Scheme
-from secateur.errors import ArtefactError, UsageError
+from secateur.errors import ArtefactError, UsageError, first_line
 from secateur.models.codes import INSTALL, METHOD, PACKAGE
 from secateur.models.grids import grid_of, largest_input
 from secateur.models.save import save
@@ -139,7 +139,7 @@ class Dequantized(Mapping[str, Tensor]):
         except (TypeError, ValueError) as error:
             raise ArtefactError(
                 f"{directory}: its quantization_config is not one that secateur reads "
-                f"({str(error).splitlines()[0]}); quantize again, or copy it again"
+                f"({first_line(error)}); quantize again, or copy it again"
             ) from error
         self.linears = [name.removesuffix(".weight_scale") for name in stored if name.endswith(".weight_scale")]
         own = {f"{name}.weight" for name in self.linears}
@@ -162,9 +162,8 @@ class Dequantized(Mapping[str, Tensor]):
         try:
             return self._codec.decompress(self.parts(linear), self.scheme)["weight"]
         except (RuntimeError, KeyError, ValueError, AssertionError, TypeError, IndexError) as error:
-            why = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ArtefactError(
-                f"{self.directory}: codes and scales of {linear} do not fit ({why}); quantize again"
+                f"{self.directory}: codes and scales of {linear} do not fit ({first_line(error)}); quantize again"
             ) from error
 
     def __contains__(self, name: object) -> bool:
