@@ -28,6 +28,8 @@ PER_ROW = Scheme(8)
 PACKED_SIDE = 64
 """OpenVINO packs matrices both of whose sides this divides."""
 
+NO_EXPERTS = "blocks with routed experts cannot be exported as W8A8 yet; take sparse-safetensors"
+
 
 @dataclass(frozen=True)
 class Int8Record:
@@ -132,7 +134,7 @@ def _linears(model: PreTrainedModel) -> dict[str, nn.Module]:
     """By full name, of all blocks, in order."""
     adapter = DecoderAdapter(model)
     if any(adapter.experts(block) for block in adapter.blocks):
-        raise ModelError("blocks with routed experts cannot be exported as W8A8 yet; take sparse-safetensors")
+        raise ModelError(NO_EXPERTS)
     names = {id(module): name for name, module in model.named_modules()}
     return {names[id(one)]: one for block in adapter.blocks for one in adapter.linears(block).values()}  # pyright: ignore[reportReturnType]
 

@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 
 from secateur.errors import ModelError, UsageError, first_line
 from secateur.export.directory import Watch, dense_names, refuse_stored_branches
-from secateur.export.int8 import Int8Record, calibrate, to_int8
+from secateur.export.int8 import NO_EXPERTS, Int8Record, calibrate, to_int8
 from secateur.export.openvino_graph import convert
+from secateur.models.experts import fused_row
 from secateur.models.load import Loaded, load
 from secateur.models.openvino import (
     MODEL,
@@ -39,6 +40,7 @@ from secateur.models.openvino import (
 )
 from secateur.models.runners import OpenVINORunner, TorchRunner, greedy
 from secateur.models.save import OWN, clear_leftovers, place_of, refuse_nested, refuse_occupied, staged
+from secateur.models.skeleton import skeleton
 
 TOLERANCE = 1e-3
 """Largest difference of logits between graph and torch in float32, relative to the largest logit."""
@@ -148,10 +150,13 @@ def _agreed(opened: OpenVINOModel, probe: Int64[Tensor, "1 S"], wanted: Int64[Te
 
 
 def _refuse(source: str, out: Path) -> None:
+    """What would fail late, before a weight is read."""
+    refuse_stored_branches(Path(source))
     if Path(source).is_dir():
         refuse_nested(out, Path(source).resolve())
         dense_names(Path(source))
-    refuse_stored_branches(Path(source))
+        if any(fused_row(module) for module in skeleton(source).model.modules()):
+            raise ModelError(NO_EXPERTS)
 
 
 def _shown(windows: Tensor, watch: Watch) -> Iterable[Tensor]:

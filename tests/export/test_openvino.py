@@ -276,13 +276,17 @@ def test_without_the_package(saved, options, tmp_path, monkeypatch):
         export_to(saved, "openvino", tmp_path / "out", options)
 
 
-def test_models_that_do_not_fit(moe, saved, options, tmp_path):
+def test_models_that_do_not_fit(moe, saved, options, tmp_path, monkeypatch):
     window = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1))
     window.config.sliding_window = 16
     with pytest.raises(ModelError, match="sees a window of 16 tokens"):
         convert(window.eval())
     with pytest.raises(ModelError, match="routed experts cannot be exported"):
         calibrate(moe("olmoe"), [])
+    moe("mixtral").save_pretrained(tmp_path / "moe")
+    monkeypatch.setattr("secateur.export.openvino.load", lambda *_, **__: pytest.fail("was loaded first"))
+    with pytest.raises(ModelError, match="routed experts cannot be exported"):
+        export_to(tmp_path / "moe", "openvino", tmp_path / "out", options)
     branched = tmp_path / "branched"
     shutil.copytree(saved, branched)
     (branched / "low_rank").mkdir()
