@@ -32,6 +32,7 @@ from secateur.quantization.compressed import Dequantized, is_quantized
 from secateur.report.facts import Stopwatch
 from secateur.report.progress import Progress
 from secateur.report.runtimes import competitors, smaller_lines
+from secateur.teachers import dense_original
 
 Path_ = str | os.PathLike[str]
 LOST = 0.05
@@ -117,8 +118,15 @@ def _openvino(source: str, out: Path, options: ExportOptions, watch: Stopwatch) 
     weights = sum(math.prod(row["shape"]) for row in told["linears"])
     others = competitors(2 * (told["parameters"] - weights), weights)
     said += smaller_lines(told["model_bytes"], others)
-    added = {"text": text, "perplexity": perplexity, "gap": gap, "alternatives": others}
-    return {**told, **added, "warnings": [line for line in said if line]}
+    return {
+        **told,
+        "dense": dense_original(source),
+        "text": text,
+        "perplexity": perplexity,
+        "gap": gap,
+        "alternatives": others,
+        "warnings": [line for line in said if line],
+    }
 
 
 def _exp(nll: float) -> float:

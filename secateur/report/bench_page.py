@@ -13,7 +13,7 @@ from secateur.errors import UsageError
 from secateur.report.export_page import kernels
 from secateur.report.tables import facts, size
 
-WORDS = {"prefill": "first token of a prompt", "decode": "each further token"}
+WORDS = {"prefill": "tokens of a prompt, to the first new one", "decode": "each further token"}
 
 
 def bench_page(told: dict[str, Any]) -> list[RenderableType]:

@@ -58,8 +58,20 @@ def _openvino(told: dict[str, Any]) -> tuple[Any, ...]:
     return (
         rows,
         Text(f"saved to {told['out']}, opened again", style="green"),
-        command("Next:", "secateur", "bench", "DENSE-AS-OPENVINO", told["out"]),
+        *against_dense(told),
     )
+
+
+def against_dense(told: dict[str, Any]) -> list[RenderableType]:
+    """How the dense model is exported alike, and measured beside this one; of a dense model nothing."""
+    if told["dense"] == told["source"]:
+        return []
+    text = {"--data": told["text"]["name"], "--samples": told["text"]["samples"], "--seq-len": told["text"]["seq_len"]}
+    flags = [str(word) for pair in text.items() for word in pair]
+    return [
+        command("Dense:", "secateur", "export", told["dense"], "--to", "openvino", *flags, "--out", "dense-ov"),
+        command("Next:", "secateur", "bench", "dense-ov", told["out"]),
+    ]
 
 
 def _two_of_four(told: dict[str, Any]) -> tuple[Any, ...]:

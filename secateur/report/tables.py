@@ -31,7 +31,9 @@ def seconds(value: float) -> str:
 
 def size(count: float) -> str:
     """Bytes in the unit that leaves few digits."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.0f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
 
 
 def percent(share: float) -> str:

@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress as RichProgress
 
+from secateur.report.export_page import against_dense
 from secateur.report.facts import Stopwatch, peak_memory
 from secateur.report.jsonable import dumps
 from secateur.report.progress import Bar, Lines, on_stderr
@@ -23,6 +24,7 @@ def test_seconds(value, text):
 def test_size():
     assert size(2.1e9) == "2.10 GB"
     assert size(15e6) == "15 MB"
+    assert size(46_300) == "46 kB"
 
 
 def test_memory_of_a_gpu_is_told_where_there_is_one(monkeypatch):
@@ -49,6 +51,16 @@ def test_a_command_can_be_pasted():
 )
 def test_the_next_command_measures_on_other_text(data, tail):
     assert eval_command("out", "demo", data) == ["secateur", "eval", "out", "--baseline", "demo", "--data", *tail]
+
+
+def test_a_graph_is_measured_beside_the_dense_one_exported_alike():
+    text = {"name": "c4", "samples": 32, "seq_len": 512}
+    told = {"source": "pruned", "dense": "demo", "out": "ov", "text": text}
+    assert [line.plain for line in against_dense(told)] == [
+        "Dense:  secateur export demo --to openvino --data c4 --samples 32 --seq-len 512 --out dense-ov",
+        "Next:  secateur bench dense-ov ov",
+    ]
+    assert against_dense({**told, "source": "demo"}) == []
 
 
 def test_plain_lines_tell_the_time_left():
