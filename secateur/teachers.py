@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from secateur.config import load_recipe
+from secateur.config import Device, load_recipe
 from secateur.core.losses import Distillation
 from secateur.data.sources import read_texts
 from secateur.data.tokens import check_seq_len
@@ -137,7 +137,13 @@ class CacheConfig:
 
 
 def cache_teacher(
-    teacher: Named, config: CacheConfig, out: str | os.PathLike[str], *, resume: bool, watch: Stopwatch
+    teacher: Named,
+    config: CacheConfig,
+    out: str | os.PathLike[str],
+    *,
+    resume: bool,
+    watch: Stopwatch,
+    device: Device = "auto",
 ) -> dict[str, Any]:
     """Ask a teacher about every window of some texts and keep the answers at ``out``; what was done.
 
@@ -147,7 +153,8 @@ def cache_teacher(
     if is_cache(place):
         raise UsageError(f"{place} is a finished cache; train with it, or delete it to ask again")
     refuse_occupied(place, overwrite=False)
-    device, precision = resolve_device("auto"), resolve_precision("auto", resolve_device("auto"))
+    where = resolve_device(device)
+    precision = resolve_precision("auto", where)
     loaded = open_model(teacher, None, precision, watch)
     vocabulary = loaded.model.config.get_text_config().vocab_size
     if config.k > vocabulary:
@@ -166,7 +173,7 @@ def cache_teacher(
     with locked(folder), watch.stage("ask", f"ask {loaded.source} about {windows.numel():,} tokens"):
         admit(folder, run, resume=resume, kept=lambda: f"{kept} files" if kept else "")
         autocast = torch.bfloat16 if precision == "bfloat16" else None
-        torch.nn.Module.to(loaded.model, device)
+        torch.nn.Module.to(loaded.model, where)
         for done in build(loaded.model, windows, facts, folder, autocast):
             watch.progress.update(done, len(windows))
     (folder / LOCK).unlink()

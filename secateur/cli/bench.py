@@ -24,10 +24,22 @@ def _numbers(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ..
     show_default=True,
     help="auto goes by what lies in each directory.",
 )
-@click.option("--prompt", "prompts", default="128", show_default=True, callback=_numbers, help="Tokens of a prompt.")
+@click.option(
+    "--prompt",
+    "prompts",
+    default="128",
+    show_default=True,
+    callback=_numbers,
+    help="Tokens of a prompt; several with commas.",
+)
 @click.option("--tokens", type=int, default=32, show_default=True, help="Tokens generated, after the first.")
 @click.option(
-    "--batch", "batches", default="1,8", show_default=True, callback=_numbers, help="Rows at once, with each prompt."
+    "--batch",
+    "batches",
+    default="1,8",
+    show_default=True,
+    callback=_numbers,
+    help="Rows at once, with each prompt; commas.",
 )
 @click.option("--rounds", type=int, default=5, show_default=True, help="Rounds that count, after one that does not.")
 @click.option("--threads", type=click.IntRange(min=1), help="Of each model; default OMP_NUM_THREADS, or all cores.")

@@ -17,12 +17,14 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of a failure.")
 resume_option = click.option("--resume", is_flag=True, help="Go on with a run to the same OUT that was stopped.")
 device_option = click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute; auto takes cuda where there is one."
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    help="Where to compute; auto takes cuda where there is one.  [default: auto]",
 )
 dtype_option = click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    help="Type to load the model in; auto keeps the checkpoint's.",
+    help="Type of the weights, loaded and saved; auto keeps the checkpoint's.  [default: auto]",
 )
 DATA_HELP = "wikitext2, c4, ptb, embedded, hf:ID[:config][:split][:column], or a .txt, .jsonl or .parquet file."
 PIPE_WIDTH = 140

@@ -25,7 +25,10 @@ from secateur.cli.recipe_options import (
 @click.option("--method", help="rtn, gptq, or joint, which prunes in the same pass.  [default: gptq]")
 @click.option("--balance", help="smooth (beside 8 bit activations), awq (beside none) or none.  [default: none]")
 @click.option("--sparsity", type=float, help="Share of zeros that joint makes, 0.5 for 50 %.")
-@click.option("--pattern", help="What joint makes: unstructured, row, N:M (N KEPT of every M) or block:RxC.")
+@click.option(
+    "--pattern",
+    help="What joint makes: unstructured, row, N:M (N KEPT of every M) or block:RxC.  [default: unstructured]",
+)
 @calibration_options
 @selection_options
 @recipe_option

@@ -18,13 +18,17 @@ from secateur.errors import UsageError
 @click.option("--sparsity", type=float, help="Share of zeros, 0.7 for 70 %. Not needed with an N:M pattern.")
 @click.option("--pattern", help="unstructured, row, global, N:M (N KEPT of every M) or block:RxC.  [default: 2:4]")
 @click.option("--data", multiple=True, help=f"Training text, repeatable: {DATA_HELP}  [default: c4]")
-@click.option("--tokens", type=int, help="Tokens of training; counted again in every epoch.")
+@click.option("--tokens", type=int, help="Of training, counted again in every epoch.  [required, here or in a recipe]")
 @click.option("--seq-len", type=int, help="Tokens in each window.  [default: 512]")
 @click.option("--batch", type=int, help="Windows of one step.  [default: 8]")
 @click.option("--micro-batch", type=int, help="Windows in memory at one time.  [default: 1]")
 @click.option("--lr", type=float, help="Highest learning rate.  [default: 2e-4]")
-@click.option("--slorb", type=int, metavar="K", help="Low-rank branches of rank inputs / K beside the sparse linears.")
-@click.option("--lora", type=int, metavar="R", help="Train adapters of rank R alone, merged under a fixed mask.")
+@click.option(
+    "--slorb", type=int, metavar="K", help="Branches of rank inputs / K beside sparse linears.  [default: 0, none]"
+)
+@click.option(
+    "--lora", type=int, metavar="R", help="With --method fixed: train adapters of rank R alone.  [default: 0, none]"
+)
 @click.option("--seed", type=int, help="Orders the windows.  [default: 0]")
 @selection_options
 @recipe_option

@@ -135,9 +135,12 @@ def test_a_foreign_out_is_refused_before_the_work(places, run, monkeypatch):
     assert ran.code == 2
 
 
-def test_cuda_without_a_cuda_device(places, run, monkeypatch):
+@pytest.mark.parametrize(
+    "typed", [prune(device="cuda"), ["cache", "MODEL", "--data", "TEXT", "--device", "cuda", "--out", "OUT"]]
+)
+def test_cuda_without_a_cuda_device(typed, places, run, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    ran = run(*(filled(word, places) for word in prune(device="cuda")))
+    ran = run(*(filled(word, places) for word in typed))
     assert ran.code == 1
     assert "use --device cpu" in ran.error
 
