@@ -64,7 +64,7 @@ def test_a_broken_model_is_reported_not_hidden(windows):
     assert perplexity(Stub(certain), windows.clamp(min=1), **PROTOCOL).ppl == math.inf
 
 
-def test_capped_logits_count_as_the_model_gives_them():
+def test_capped_logits_count_as_the_model_gives_them(windows):
     """Gemma 2 caps its logits after the head: the loss must see the capped ones."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
@@ -72,9 +72,14 @@ def test_capped_logits_count_as_the_model_gives_them():
         vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.01, attn_implementation="eager",
     )  # fmt: skip
-    model = Gemma2ForCausalLM(config).eval()
-    result = perplexity(model, torch.randint(0, 64, (2, 8)), **PROTOCOL)
-    assert result.ppl == pytest.approx(64, rel=0.03)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Gemma2ForCausalLM(config).eval()
+    model.lm_head.weight.data *= 50
+    capped = perplexity(model, windows % 64, **PROTOCOL).ppl
+    model.config.final_logit_softcapping = None
+    assert perplexity(model, windows % 64, **PROTOCOL).ppl > 100, "or this test says nothing"
+    assert capped == pytest.approx(64, rel=0.03)
 
 
 def test_every_choice_is_named(tiny_llama, windows):

@@ -153,6 +153,7 @@ def test_the_same_run_twice_and_at_another_precision():
     run(other, SparseGPT(), RANK)
     _, records = run(rounded, SparseGPT(), RANK, precision="bfloat16")
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+    assert any(not torch.equal(p, one.get_parameter(name)) for name, p in rounded.named_parameters())
     assert records[0].output_error == pytest.approx(run(make("llama"), SparseGPT(), RANK)[1][0].output_error, rel=0.1)
 
 
