@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,23 @@ def two(*arguments: object, death: str = "none") -> subprocess.CompletedProcess[
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def flags(model_dir, text_file):
     return ["train", model_dir, "--data", text_file, *SMALL, *EXACT, *BRANCHES, "--json"]
+
+
+@pytest.fixture(scope="module")
+def alone(flags, run, tmp_path_factory):
+    """``alone("wanda")``: what one process saves with that metric, and its report; trained once."""
+
+    @cache
+    def train(metric):
+        out = tmp_path_factory.mktemp("alone") / "out"
+        ran = run(*flags, "--set", f"metric={metric}", "--out", out)
+        assert ran.code == 0, ran.err
+        return out, ran.json
+
+    return train
 
 
 def apart(one, other):
@@ -40,19 +55,16 @@ def apart(one, other):
 
 @pytest.mark.parametrize("metric", ["magnitude", "wanda"])
 @pytest.mark.parametrize("way", WAYS)
-def test_two_processes_train_as_one(way, metric, flags, run, tmp_path):
-    flags += ["--set", f"metric={metric}"]
-    alone = run(*flags, "--out", tmp_path / "one")
-    assert alone.code == 0, alone.err
-    ran = two(*flags, *WAYS[way], "--out", tmp_path / "two")
+def test_two_processes_train_as_one(way, metric, flags, alone, run, tmp_path):
+    one, expected = alone(metric)
+    ran = two(*flags, *WAYS[way], "--set", f"metric={metric}", "--out", tmp_path / "two")
     assert ran.returncode == 0, ran.stderr[-3000:]
     report = json.loads(ran.stdout)  # one report, of the first process
     assert report["processes"] == 2
     for place in ("before", "after"):
-        assert report["held_out"][place]["divergence"] == pytest.approx(
-            alone.json["held_out"][place]["divergence"], rel=1e-3
-        )
-    difference, moved = apart(tmp_path / "one", tmp_path / "two")
+        divergence = report["held_out"][place]["divergence"]
+        assert divergence == pytest.approx(expected["held_out"][place]["divergence"], rel=1e-3)
+    difference, moved = apart(one, tmp_path / "two")
     assert difference < 1e-3
     assert moved < 1e-3
     assert run("inspect", tmp_path / "two").code == 0
@@ -69,18 +81,17 @@ def test_two_processes_train_adapters_as_one(flags, run, tmp_path):
     assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-4
 
 
-def test_two_go_on_where_one_was_killed(flags, run, killed_at, tmp_path):
+def test_two_go_on_where_one_was_killed(flags, alone, killed_at, tmp_path):
     out = tmp_path / "out"
     killed_at(7, *flags, "--out", out)
     ran = two(*flags, "--out", out, "--resume")
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert json.loads(ran.stdout)["resumed_after_steps"] == 6
-    assert run(*flags, "--out", tmp_path / "one").code == 0
-    assert apart(tmp_path / "one", out)[0] < 1e-3
+    assert apart(alone("magnitude")[0], out)[0] < 1e-3
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_one_goes_on_where_two_were_killed(way, flags, run, tmp_path):
+def test_one_goes_on_where_two_were_killed(way, flags, alone, run, tmp_path):
     out = tmp_path / "out"
     died = two(*flags, *WAYS[way], "--out", out, death="1:7")
     assert died.returncode != 0
@@ -88,8 +99,7 @@ def test_one_goes_on_where_two_were_killed(way, flags, run, tmp_path):
     ran = run(*flags, "--out", out, "--resume")
     assert ran.code == 0, ran.err
     assert ran.json["resumed_after_steps"] == 6
-    assert run(*flags, "--out", tmp_path / "one").code == 0
-    assert apart(tmp_path / "one", out)[0] < 1e-3
+    assert apart(alone("magnitude")[0], out)[0] < 1e-3
 
 
 def test_one_process_alone_shards_nothing(flags, run, tmp_path):
