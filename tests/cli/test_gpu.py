@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 
 FULL = ["--set", "precision=float32"]
 STEPS = [
-    *("--tokens", 512, "--seq-len", 32, "--batch", 4, "--micro-batch", 2, "--lr", 1e-2, "--set", "holdout=4"),
+    *("--tokens", 256, "--seq-len", 32, "--batch", 4, "--micro-batch", 2, "--lr", 1e-2, "--set", "holdout=4"),
     *FULL,
 ]
 SMALL = ["--samples", 4, "--seq-len", 32, *FULL]
@@ -51,9 +51,9 @@ TRAIN = {
 
 @pytest.fixture(scope="module")
 def modes():
-    """What the pretended device needs around every command."""
+    """What the pretended device needs around whatever runs on it; skips where there is no device."""
     if not PRETENDED:
-        return ()
+        return () if torch.cuda.is_available() else pytest.skip("no CUDA device")
     sys.path.insert(0, str(Path(__file__).parent))
     import pretended
     from accelerate.state import PartialState
@@ -67,15 +67,23 @@ def modes():
     return (pretended.Operations, pretended.Methods)
 
 
-@pytest.fixture(autouse=True)
-def device(modes):
-    """Skips where there is none."""
-    if not PRETENDED and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+@contextmanager
+def entered(modes):
     with ExitStack() as stack:
         for mode in modes:
             stack.enter_context(mode())
         yield
+
+
+@pytest.fixture
+def run(run, modes):
+    """The command; on the CPU it is spared the modes, which slow everything down."""
+
+    def command(*args):
+        with entered(modes if "cuda" in args else ()):
+            return run(*args)
+
+    return command
 
 
 def work() -> int:
@@ -138,11 +146,12 @@ def test_train(flags, run, sharp_dir, text_file, tmp_path):
 
 
 @pytest.fixture
-def there(sharp_dir):
+def there(sharp_dir, modes):
     """A model on the device, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    return AutoModelForCausalLM.from_pretrained(sharp_dir).to("cuda"), AutoTokenizer.from_pretrained(sharp_dir)
+    with entered(modes):
+        yield AutoModelForCausalLM.from_pretrained(sharp_dir).to("cuda"), AutoTokenizer.from_pretrained(sharp_dir)
 
 
 @pytest.mark.parametrize("verb", ["prune in memory", "prune", "quantize"])
@@ -208,7 +217,7 @@ def test_a_killed_training_goes_on(run, killed_at, sharp_dir, text_file, files, 
     (student / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
     command = ["train", student, "--data", text_file, *STEPS, "--device", "cuda", "--set", "checkpoint=1"]
     assert run(*command, "--out", tmp_path / "whole").code == 0
-    killed_at(2, *command, "--out", tmp_path / "killed")
+    killed_at(1, *command, "--out", tmp_path / "killed")
     assert run(*command, "--out", tmp_path / "killed", "--resume").code == 0
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
