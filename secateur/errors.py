@@ -6,7 +6,8 @@
     ├── ModelError             a model is missing, corrupt, quantized or has a structure we refuse
     ├── ArtefactError          a saved directory is not ours, incomplete, or breaks a recorded promise
     ├── NumericalError         a matrix would not factor, too many rows turned non-finite
-    └── DeviceError            the device asked for is not here
+    ├── DeviceError            the device asked for is not here
+    └── ProcessError           another process of the run is gone
 
 Arithmetic in ``core`` raises plain ValueError for bad arguments; this tree is for the outside world and for numerics.
 """

@@ -1,7 +1,4 @@
-"""Measuring: how well a model still speaks, and whether a saved directory keeps what was promised.
+"""Measuring: how well a model still speaks, how fast, and whether a saved directory keeps what was promised.
 
-    perplexity.py   perplexity as the pruning papers measure it, every choice named in the result
-    inspect.py      a saved directory read tensor by tensor: sparsity, patterns, finiteness, tied weights
-
-Import from the modules: ``inspect`` needs torch and safetensors only, no model is ever built.
+Import from the modules. ``inspect`` reads files, tensor by tensor: no model is ever built.
 """

@@ -154,7 +154,7 @@ def inspect(
     baseline: str | Path | Mapping[str, Tensor] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> Inspection:
-    """Read every tensor once and check it. ``baseline``: a directory, or a loaded model's ``state_dict()``.
+    """Read every tensor and check it. ``baseline``: a directory, or a loaded model's ``state_dict()``.
 
     ``tensors`` stand for the directory's own files where they are stored in another form.
     """

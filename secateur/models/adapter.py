@@ -5,8 +5,7 @@ is called with (mask, rotary embedding, positions; they differ from block to blo
 letting the model run with its blocks replaced by a pass-through, so that it costs the embedding and not the network.
 Whether a replay really equals the model's own forward is for ``verify`` to say, in numbers, before anything is pruned.
 
-Weights are read and written as (out, in), whatever the module: Conv1D of transformers is transposed here and nowhere
-else.
+Weights are read and written as (out, in), whatever the module: Conv1D of transformers stores the transpose.
 
     adapter = DecoderAdapter(model)
     call = adapter.calls(batch=1, seq_len=2048)
