@@ -23,7 +23,7 @@ from secateur.config import (
     check_expressions,
     chosen_blocks,
 )
-from secateur.core.grid import BITS, Scheme
+from secateur.core.grid import Scheme
 from secateur.core.pattern import Pattern, Unstructured, make_pattern, tapered
 from secateur.core.quantizers import GPTQ, QUANTIZERS, RTN, Joint, Quantizer
 
@@ -90,8 +90,6 @@ class QuantizeConfig:
     """Of products in forwards and Gram matrices; auto takes bfloat16 where the device multiplies it."""
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
-            raise ValueError(f"{self.bits} bits are not in the table; known: {', '.join(map(str, BITS))}")
         self.scheme(self.group_size if self.group_size != "auto" else ("channel" if self.bits == 8 else GROUPS[0]))
         if self.activations != "none" and self.bits != 8:
             raise ValueError(f"{self.activations} activations go with 8 bit weights, got {self.bits}; use --bits 8")

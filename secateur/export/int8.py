@@ -16,13 +16,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from secateur.core.balance import smoothing
 from secateur.core.grid import Scheme, fit_grid, to_codes
 from secateur.core.int8 import LEVELS, Extremes, input_step
 from secateur.errors import ModelError
 from secateur.models.adapter import DecoderAdapter
+from secateur.models.branches import matrix
 
 PER_ROW = Scheme(8)
 PACKED_SIDE = 64
@@ -77,7 +77,7 @@ class Int8Table(nn.Module):
 def calibrate(model: PreTrainedModel, windows: Iterable[Int64[Tensor, "B S"]]) -> dict[str, Extremes]:
     """Extremes of the input columns of every linear in the blocks. ModelError for blocks with routed experts."""
     linears = _linears(model)
-    found = {name: Extremes.zeros(_weight(linear).shape[1]) for name, linear in linears.items()}
+    found = {name: Extremes.zeros(matrix(linear).shape[1]) for name, linear in linears.items()}
     with _watched(linears, found):
         for ids in windows:
             model(input_ids=ids, use_cache=False)
@@ -89,12 +89,12 @@ def to_int8(model: PreTrainedModel, seen: dict[str, Extremes], share: float) -> 
     records = []
     for names in _sharing(seen):
         linears = [model.get_submodule(name) for name in names]
-        weights = torch.stack([_weight(linear).abs().amax(0) for linear in linears]).amax(0)
+        weights = torch.stack([matrix(linear).abs().amax(0) for linear in linears]).amax(0)
         extremes = seen[names[0]]
         divide = smoothing(extremes.peak, weights, share)
         step, zero = input_step(float((extremes.low / divide).min()), float((extremes.high / divide).max()))
         for name, linear in zip(names, linears, strict=True):
-            new = Int8Linear(_weight(linear), linear.bias, divide, step, zero)  # pyright: ignore[reportArgumentType]
+            new = Int8Linear(matrix(linear), linear.bias, divide, step, zero)  # pyright: ignore[reportArgumentType]
             model.set_submodule(name, new)
             records.append(_record(name, new.codes))
     _tables_to_int8(model)
@@ -137,12 +137,6 @@ def _linears(model: PreTrainedModel) -> dict[str, nn.Module]:
         raise ModelError(NO_EXPERTS)
     names = {id(module): name for name, module in model.named_modules()}
     return {names[id(one)]: one for block in adapter.blocks for one in adapter.linears(block).values()}  # pyright: ignore[reportReturnType]
-
-
-def _weight(linear: nn.Module) -> Float[Tensor, "R C"]:
-    """(out, in), whatever the module stores."""
-    weight: Tensor = linear.weight  # pyright: ignore[reportAssignmentType]
-    return weight.detach().T if isinstance(linear, Conv1D) else weight.detach()
 
 
 @contextmanager

@@ -83,8 +83,8 @@ def _lacking(
         if name != last_of(work)
     }
     for rows in work.hidden:
-        output, seen = work.watched(rows, {here: _pass})
-        wanted, seen_dense = work.watched(rows, {there: _pass}, dense)
+        output, seen = work.watched(rows, [here])
+        wanted, seen_dense = work.watched(rows, [there], dense)
         finite = torch.isfinite(output - wanted).flatten(1).all(dim=1).to(work.options.device)
 
         def tokens(values: Tensor, rows: Tensor = rows, finite: Tensor = finite) -> Tensor:
@@ -95,10 +95,6 @@ def _lacking(
         X, X_dense = tokens(seen[here]), tokens(seen_dense[there])
         lacking = {name: X_dense @ W0.T - X @ W.T for name, (W0, W) in weights.items()}
         yield X, {name: lacking[name] if name in lacking else tokens(wanted - output) for name in linears}
-
-
-def _pass(_: Tensor) -> None:
-    """A watched module's inputs are read from what ``watched`` answers."""
 
 
 def last_of(work: Work) -> str | None:

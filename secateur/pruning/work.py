@@ -5,7 +5,7 @@ on, and a chunk visits it. Forwards and Gram products run at ``RunOptions.precis
 """
 
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -163,13 +163,13 @@ class Work:
         self.hidden = kept
 
     def watched(
-        self, rows: Float[Tensor, "B S D"], watchers: Mapping[nn.Module, Watcher], block: nn.Module | None = None
+        self, rows: Float[Tensor, "B S D"], modules: Collection[nn.Module], block: nn.Module | None = None
     ) -> tuple[Tensor, dict[nn.Module, Tensor]]:
-        """Output of one chunk, and what the watched modules were given."""
+        """Output of one chunk, and what the modules were given."""
         seen: dict[nn.Module, Tensor] = {}
         with (
-            watchable(self.experts) if any(isinstance(m, ExpertLinear) for m in watchers) else nullcontext(),
-            watching({module: partial(seen.__setitem__, module) for module in watchers}),
+            watchable(self.experts) if any(isinstance(m, ExpertLinear) for m in modules) else nullcontext(),
+            watching({module: partial(seen.__setitem__, module) for module in modules}),
         ):
             out = self.run(rows, block)
             return out, {module: in_rows(X, rows) for module, X in seen.items()}
