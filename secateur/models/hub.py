@@ -20,16 +20,16 @@ BRANCHES = [f"{FOLDER}/{CONFIG}", f"{FOLDER}/{FACTORS}"]
 """Of a model that we have pruned; a second request, since the first one wants no folders."""
 
 
-def snapshot(repository: str, revision: str | None) -> Path:
+def snapshot(repository: str) -> Path:
     """The directory of a hub model, from the cache as far as it is there."""
-    snapshot_download(repository, revision=revision, allow_patterns=BRANCHES)
-    return Path(snapshot_download(repository, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+    snapshot_download(repository, allow_patterns=BRANCHES)
+    return Path(snapshot_download(repository, allow_patterns=WANTED, ignore_patterns=UNWANTED))
 
 
-def hub_headers(repository: str, revision: str | None) -> tuple[Headers, int]:
+def hub_headers(repository: str) -> tuple[Headers, int]:
     """Shapes and types of the stored tensors and their bytes, without the files."""
     headers, size = Headers(), 0
-    for file in get_safetensors_metadata(repository, revision=revision).files_metadata.values():
+    for file in get_safetensors_metadata(repository).files_metadata.values():
         headers |= {name: (tuple(entry.shape), entry.dtype) for name, entry in file.tensors.items()}
         size += max((entry.data_offsets[1] for entry in file.tensors.values()), default=0)
     return headers, size

@@ -84,17 +84,17 @@ class Place(NamedTuple):
     name: str
     options: dict[str, Any]
     advice: str
+    on_hub: bool = False
 
 
 def load(
     source: str,
     *,
     dtype: str = "auto",
-    revision: str | None = None,
     offload: Literal["auto", "on", "off"] = "off",
     codes: bool = False,
 ) -> Loaded:
-    """Load `source` in `dtype` ("auto" keeps the checkpoint's own); `revision` picks a commit of a hub model.
+    """Load `source` in `dtype` ("auto" keeps the checkpoint's own).
 
     `offload` leaves the blocks of a directory in their files (``models.offload``); "auto" where they exceed memory.
     Low-rank branches in its ``low_rank/`` are attached, so that the function is the one that was saved. ``codes``
@@ -102,7 +102,7 @@ def load(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
-    place = locate(source, revision)
+    place = locate(source)
     with quiet(), parsed_once():
         with in_one_line(source, place.advice):
             place = fetched(place)
@@ -150,7 +150,7 @@ def _refuse_non_finite(name: str, tensor: torch.Tensor) -> None:
 # ------------------------------------------------------------------------------------------------------------- sources
 
 
-def locate(source: str, revision: str | None = None) -> Place:
+def locate(source: str) -> Place:
     """Where the checkpoint that ``source`` names lies; ModelError where nothing usable does."""
     path = demo_file() if source == "demo" else Path(source).expanduser()
     if path.suffix == ".gguf" and path.is_file():
@@ -168,7 +168,7 @@ def locate(source: str, revision: str | None = None) -> Place:
             f"there is nothing at {source}; give a hub id, a Hugging Face directory, a .gguf file or `demo`"
         )
     advice = "check the name and the connection, or give a local directory, a .gguf file or `demo`"
-    return Place(source, {"revision": revision}, advice)
+    return Place(source, {}, advice, on_hub=True)
 
 
 def check_source(source: str) -> None:
@@ -185,10 +185,6 @@ def check_device(device: str) -> None:
         raise DeviceError("--device cuda, but torch sees no CUDA device here; use --device cpu")
 
 
-def on_hub(place: Place) -> bool:
-    return "revision" in place.options
-
-
 def branches_folder(place: Place) -> Path | None:
     """Where the low-rank branches of a checkpoint in a directory lie, if it has any; a GGUF file has none."""
     folder = Path(place.name) / FOLDER
@@ -197,9 +193,9 @@ def branches_folder(place: Place) -> Path | None:
 
 def fetched(place: Place) -> Place:
     """The same checkpoint as a directory here."""
-    if not on_hub(place):
+    if not place.on_hub:
         return place
-    folder = snapshot(place.name, place.options["revision"])
+    folder = snapshot(place.name)
     _refuse_incomplete(folder, f"where {place.name} has {PICKLED}")
     return Place(str(folder), {}, place.advice)
 

@@ -29,7 +29,7 @@ from secateur.models.experts import fused_row, routing
 from secateur.models.gguf_once import parsed_once
 from secateur.models.headers import STORED, Headers, read_headers, shards
 from secateur.models.hub import hub_headers
-from secateur.models.load import DTYPES, Place, branches_folder, in_one_line, locate, on_hub, read_config
+from secateur.models.load import DTYPES, Place, branches_folder, in_one_line, locate, read_config
 from secateur.models.quiet import quiet
 
 
@@ -73,8 +73,8 @@ def skeleton(source: str, dtype: str = "auto") -> Skeleton:
 
 def stored(place: Place) -> tuple[Headers, int]:
     """What the checkpoint's files say of themselves, and their bytes; a GGUF file is read later."""
-    if on_hub(place):
-        return hub_headers(place.name, place.options["revision"])
+    if place.on_hub:
+        return hub_headers(place.name)
     if "gguf_file" in place.options:
         return {}, gguf_file(place).stat().st_size
     files = shards(Path(place.name))
