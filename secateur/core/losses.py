@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
@@ -85,7 +85,6 @@ class Losses(NamedTuple):
     divergence: Float[Tensor, ""]
     """Without alpha and T²."""
     cross_entropy: Float[Tensor, ""]
-    tokens: int
 
 
 Head = Callable[[Float[Tensor, "T D"]], Float[Tensor, "T V"]]
@@ -125,9 +124,8 @@ def distill(
         stop = min(start + options.chunk, len(hidden))
         totals.append(sums(hidden[start:stop], head, targets[start:stop], partial(taught, start, stop), options))  # pyright: ignore
     mixed, apart, entropy = (torch.stack(parts).sum() for parts in zip(*totals, strict=True))
-    count = int((targets != IGNORED).sum())
-    n = max(count, 1)
-    return Losses(mixed / n, apart.detach() / n, entropy.detach() / n, count)
+    n = max(int((targets != IGNORED).sum()), 1)
+    return Losses(mixed / n, apart.detach() / n, entropy.detach() / n)
 
 
 _Sums = tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]
@@ -227,10 +225,6 @@ def _with_bucket(log_p: Float[Tensor, "T k"]) -> Float[Tensor, "T k1"]:
     return torch.cat([log_p, rest.log()], dim=-1)
 
 
-def shifted(ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B S"] | None = None) -> Int[Tensor, "B S"]:
-    """The next token of every token; IGNORED for the last of a row and wherever ``mask`` is False."""
-    targets = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], dim=1)
-    if mask is None:
-        return targets
-    following = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
-    return torch.where(following & mask, targets, IGNORED)
+def shifted(ids: Int[Tensor, "B S"]) -> Int[Tensor, "B S"]:
+    """The next token of every token; IGNORED for the last of a row."""
+    return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], dim=1)

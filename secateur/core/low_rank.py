@@ -6,8 +6,7 @@ trained. ``residual_fit`` needs no training: the best branch of its rank for wha
 that were seen (reduced-rank regression), a truncated singular value decomposition in the metric of H. Where all that
 is lacking is lost weights, so residual = lost H, it is EoRA (arXiv:2410.21271).
 
-Neither can be folded into a sparse W. ``Branch.share`` says what it costs: at rank C / 16 and 2:4 a quarter as many
-numbers as survive in a square W.
+Neither can be folded into a sparse W. At rank C / 16 and 2:4 it is a quarter as many numbers as survive in a square W.
 
 R = out_features, C = in_features, r = rank. Masks are bool, True = kept.
 """
@@ -19,6 +18,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from secateur.core.linalg import cholesky
+
+DAMP = 0.01
 
 
 class Branch(NamedTuple):
@@ -37,10 +38,6 @@ class Branch(NamedTuple):
         """Numbers that are stored."""
         return self.S.numel() + self.X.numel()
 
-    def share(self, mask: Bool[Tensor, "R C"]) -> float:
-        """Its numbers as a share of the weights that survive."""
-        return self.size / max(int(mask.sum()), 1)
-
 
 def group_mean(W: Float[Tensor, "R C"], mask: Bool[Tensor, "R C"], k: int) -> Branch:
     """SLoRB's start: X_ij = 1 for the k inputs j of group i, S_ni the mean of row n's pruned weights in group i.
@@ -54,15 +51,15 @@ def group_mean(W: Float[Tensor, "R C"], mask: Bool[Tensor, "R C"], k: int) -> Br
     return Branch(S, torch.eye(C // k, device=W.device, dtype=W.dtype).repeat_interleave(k, dim=1))
 
 
-def residual_fit(residual: Float[Tensor, "R C"], H: Float[Tensor, "C C"], rank: int, damp: float = 0.01) -> Branch:
-    """argmin over rank r of E|e - S X x|² + ridge |S X|², where residual = E[e xᵀ], ridge = damp mean(diag H).
+def residual_fit(residual: Float[Tensor, "R C"], H: Float[Tensor, "C C"], rank: int) -> Branch:
+    """argmin over rank r of E|e - S X x|² + ridge |S X|², where residual = E[e xᵀ], ridge = DAMP mean(diag H).
 
     The error E|e - S X x|² is never larger than E|e|². With H' = H + ridge I = L Lᵀ it is |residual L⁻ᵀ - S X L|² but
     for a constant, so S X L is the truncated SVD of residual L⁻ᵀ (Eckart and Young). Raises ValueError for a rank that
     residual cannot have. Cost: C³ / 3 + R C² and an SVD of R x C.
     """
     _check_rank(residual, rank)
-    L = cholesky(H, damp).L
+    L = cholesky(H, DAMP).L
     return _truncated(torch.linalg.solve_triangular(L, residual.T, upper=False).T, L, rank)
 
 

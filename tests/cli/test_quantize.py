@@ -19,7 +19,6 @@ from secateur.quantization.accounting import storage_of
 from secateur.quantization.compressed import Dequantized
 from secateur.quantize_config import QuantizeConfig
 
-SMALL = ["--samples", "4", "--seq-len", "32"]
 SCHEMES = {
     "int8": ["--bits", 8],
     "int4": ["--bits", 4],
