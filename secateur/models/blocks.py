@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.errors import ModelError
+from secateur.models.elementwise import elementwise
 from secateur.models.experts import Linear
-from secateur.models.scales import scales
 
 NOT_MATRICES = (nn.Embedding,)
 """Modules whose parameters have two axes or more without being a matrix that multiplies tokens: relative position
@@ -110,7 +110,7 @@ def refuse_uncovered(
         covered = owner in linears or name in known
         if parameter.ndim >= 2 and not covered and not isinstance(block.get_submodule(owner), NOT_MATRICES):
             uncovered[name] = parameter
-    for name in scales(block, uncovered, replay) if uncovered else ():
+    for name in elementwise(block, uncovered, replay) if uncovered else ():
         del uncovered[name]
     if uncovered:
         described = ", ".join(f"{name} ({'x'.join(map(str, p.shape))})" for name, p in uncovered.items())

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from secateur.models.scales import scales
+from secateur.models.elementwise import elementwise
 
 
 class PerHead(nn.Module):
@@ -19,10 +19,10 @@ class PerHead(nn.Module):
 
 
 def found(block, X):
-    return scales(block, [name for name, _ in block.named_parameters()], lambda: block(X))
+    return elementwise(block, [name for name, _ in block.named_parameters()], lambda: block(X))
 
 
-def test_a_norm_per_head_scales():
+def test_a_norm_per_head_is_elementwise():
     X = torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(0))
     assert found(nn.Sequential(PerHead(4, 8, matrix=False)), X) == {"0.weight"}
 
@@ -34,7 +34,7 @@ def test_a_matrix_of_the_same_shape_does_not():
 
 def test_what_did_not_run_or_changes_the_shape_does_not():
     X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    assert scales(nn.Sequential(nn.Linear(4, 6)), ["0.weight"], lambda: None) == set()
+    assert elementwise(nn.Sequential(nn.Linear(4, 6)), ["0.weight"], lambda: None) == set()
     assert found(nn.Sequential(nn.Linear(4, 6, bias=False)), X) == set()
 
 

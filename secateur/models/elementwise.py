@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 
-def scales(block: nn.Module, names: Iterable[str], replay: Callable[[], Any]) -> set[str]:
+def elementwise(block: nn.Module, names: Iterable[str], replay: Callable[[], Any]) -> set[str]:
     """Those of the named parameters of a block that scale element by element; `replay` runs the block once."""
     inputs: dict[nn.Module, Tensor] = {}
 
@@ -29,11 +29,11 @@ def scales(block: nn.Module, names: Iterable[str], replay: Callable[[], Any]) ->
     finally:
         for handle in handles:
             handle.remove()
-    return {name for name, owner, last in places if owner in inputs and _scales(owner, last, inputs[owner])}
+    return {name for name, owner, last in places if owner in inputs and _is_elementwise(owner, last, inputs[owner])}
 
 
 @torch.no_grad()
-def _scales(owner: nn.Module, name: str, X: Tensor) -> bool:
+def _is_elementwise(owner: nn.Module, name: str, X: Tensor) -> bool:
     """The weight's first entry moves its own place of the output, for every token, and no other place."""
     weight, before = owner.get_parameter(name), owner(X)
     if before.shape[-weight.ndim :] != weight.shape:
