@@ -408,3 +408,23 @@ def test_steps_without_a_finite_gradient_are_left_out_and_counted(run, sharp_dir
     assert ran.code == 1
     assert "step 32: the gradient is not finite" in ran.error
     assert "keeps 30 steps: go on with --resume" in ran.error
+
+
+SHAPES = {
+    "opt": {"hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 32, "num_hidden_layers": 2},
+    "gpt2": {"n_embd": 32, "n_layer": 2},
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_models_of_another_build_are_trained_too(kind, run, text_file, byte_tokenizer, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    ids = {"vocab_size": 260, "bos_token_id": 0, "eos_token_id": 0}
+    config = AutoConfig.for_model(kind, num_attention_heads=4, **ids, **SHAPES[kind])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    byte_tokenizer.save_pretrained(tmp_path / "model")
+    flags = ["--data", text_file, *SMALL, "--tokens", 512, "--out", tmp_path / "out"]
+    ran = run("train", tmp_path / "model", *flags)
+    assert ran.code == 0, ran.err
+    assert run("inspect", tmp_path / "out").code == 0

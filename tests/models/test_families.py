@@ -20,6 +20,7 @@ from secateur.core.solvers import ADMM, Magnitude, SparseGPT, Wanda
 from secateur.core.sparsellm import SparseLLM
 from secateur.errors import ModelError
 from secateur.models.adapter import DecoderAdapter
+from secateur.models.head import check_head
 from secateur.models.layout import observe
 from secateur.pruning.oneshot import RunOptions, prune_blocks
 from secateur.pruning.selection import select
@@ -235,6 +236,11 @@ def test_the_structure_of_every_block_is_observed(name, describe):
         grouped = [linear for group in layout.groups for linear in group.linears]
         assert sorted(grouped) == sorted(adapter.linears(adapter.blocks[index]))
         hidden = adapter.replay(index, hidden, call)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_head_makes_the_logits_of_the_hidden_states(name):
+    check_head(made(name), TOKENS)
 
 
 HALF = Unstructured(0.5)

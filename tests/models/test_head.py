@@ -35,8 +35,9 @@ def test_mixtures_of_experts(name, moe):
     halves.check_head(moe(name), IDS)
 
 
-def test_halves_that_do_not_make_the_whole_are_refused(tiny_llama, monkeypatch):
+@pytest.mark.parametrize("spoilt", [lambda logits: 1.01 * logits, lambda logits: logits[:1]])
+def test_halves_that_do_not_make_the_whole_are_refused(spoilt, tiny_llama, monkeypatch):
     head = halves.head
-    monkeypatch.setattr(halves, "head", lambda model, hidden: 1.01 * head(model, hidden))
+    monkeypatch.setattr(halves, "head", lambda model, hidden: spoilt(head(model, hidden)))
     with pytest.raises(ModelError, match="LlamaForCausalLM made from its hidden states differ from its own"):
         halves.check_head(tiny_llama, IDS)
