@@ -22,6 +22,7 @@ from secateur.errors import ArtefactError, UsageError
 from secateur.export.directory import DENSE, Watch, dense_names, rebuilt, refuse_stored_branches, stored_sizes
 from secateur.models import sparse24_loader
 from secateur.models.headers import INDEX, Size
+from secateur.models.skeleton import linear_weights
 from secateur.models.sparse24_loader import SUFFIX, VERSION, checksum, read_file
 
 PROMISE = Path("secateur") / "promise.json"
@@ -31,12 +32,13 @@ LOADER = "sparse24_loader.py"
 def export_sparse24(source: Path, out: Path, watch: Watch) -> dict[str, Any]:
     """Write `out`, read it back, and only then give it its name. Stages: pack, check.
 
-    UsageError naming the first tensor that is not 2:4 though it was promised to be, where none is, and for low-rank
-    branches.
+    UsageError naming the first tensor that was promised and is not 2:4 or no linear, where none is 2:4, and for
+    low-rank branches.
     """
     names = dense_names(source)
     refuse_stored_branches(source)
-    promised = _promised(source)
+    linears = linear_weights(source)
+    promised = _promised(source, linears)
     sizes = {"dense_bytes": 0, "packed_bytes": 0}
     matrices: dict[str, list[int]] = {}
     with rebuilt(source, out, [*names, INDEX]) as stage:
@@ -44,7 +46,7 @@ def export_sparse24(source: Path, out: Path, watch: Watch) -> dict[str, Any]:
         with watch.stage("pack"):
             for done, name in enumerate(names, 1):
                 target = stage / (name.removesuffix(DENSE) + SUFFIX)
-                matrices |= _pack_file(source / name, target, promised)
+                matrices |= _pack_file(source / name, target, promised, linears)
                 sizes["dense_bytes"] += (source / name).stat().st_size
                 sizes["packed_bytes"] += target.stat().st_size
                 watch.progress.update(done, len(names), name)
@@ -66,7 +68,7 @@ def _bits(sizes: Mapping[str, Size], matrices: Collection[str], file_bytes: int)
     return {"sparse": 8 * packed / sum(sizes[name].elements for name in matrices), "whole": 8 * file_bytes / weights}
 
 
-def _promised(source: Path) -> set[str] | None:
+def _promised(source: Path, own: set[str]) -> set[str] | None:
     """Tensors that were pruned to a pattern that is 2:4; None where nothing is known. UsageError for other patterns."""
     path = source / PROMISE
     if not path.is_file():
@@ -77,8 +79,8 @@ def _promised(source: Path) -> set[str] | None:
             pattern = pattern_from_dict(entry["pattern"])
             if not (isinstance(pattern, NM) and pattern.m == 4 and pattern.n <= 2):
                 raise UsageError(f"{name} is not 2:4 but {pattern}; prune with --pattern 2:4, or take another target")
-            if entry["transposed"] or entry.get("part"):
-                raise UsageError(f"{name} is not stored as (out, in) by itself, which torch.sparse wants")
+            if name not in own or entry.get("part"):
+                raise UsageError(f"{name} is no linear of its own in the model, which torch.sparse wants")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UsageError):
             raise
@@ -86,10 +88,11 @@ def _promised(source: Path) -> set[str] | None:
     return set(linears)
 
 
-def _pack_file(source: Path, target: Path, promised: set[str] | None) -> dict[str, list[int]]:
+def _pack_file(source: Path, target: Path, promised: set[str] | None, linears: set[str]) -> dict[str, list[int]]:
     tensors, shapes = load_file(source), {}
     for name, W in list(tensors.items()):
-        if not (name in promised if promised is not None else _happens_to_be(W, f"{name}_scale" in tensors)):
+        fits = name in linears and _happens_to_be(W, f"{name}_scale" in tensors)
+        if not (name in promised if promised is not None else fits):
             continue
         try:
             values, places = pack(W)

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
@@ -69,6 +70,14 @@ def skeleton(source: str, dtype: str = "auto") -> Skeleton:
         _check(model, _gguf_shapes(model, gguf_file(place)) if gguf else _renamed(model, headers), source, place.advice)
     model.requires_grad_(False).eval()
     return Skeleton(model, source, chosen, mode, size, gguf)
+
+
+def linear_weights(directory: Path) -> set[str]:
+    """Weights of the linears that the model of a directory consists of; a fused expert's matrices are none."""
+    with quiet(), in_one_line(str(directory), "check its config.json"), torch.device("meta"):
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
 def stored(place: Place) -> tuple[Headers, int]:

@@ -179,6 +179,25 @@ def branched(pruned: Path) -> None:
     (pruned / "low_rank").mkdir()
 
 
+def test_experts_that_the_model_holds_fused_are_not_packed(moe, tmp_path):
+    moe("mixtral").bfloat16().save_pretrained(tmp_path / "moe")
+    file = tmp_path / "moe" / "model.safetensors"
+    held = {name: W * keep_mask(W.abs(), NM(2, 4)) if W.ndim == 2 else W for name, W in load_file(file).items()}
+    save_file(held, file, metadata={"format": "pt"})
+    told = export_to(tmp_path / "moe", "torch-2:4", tmp_path / "out")
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in told["matrices"]} == {
+        *(f"{x}_proj" for x in "qkvo"),
+        "lm_head",
+    }
+    name = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+    assert name in held
+    linears = {name: {"pattern": pattern_to_dict(NM(2, 4)), "transposed": False}}
+    (tmp_path / "moe" / "secateur").mkdir()
+    (tmp_path / "moe" / "secateur" / "promise.json").write_text(json.dumps({"linears": linears, "tied": []}))
+    with pytest.raises(UsageError, match=rf"{name} is no linear of its own in the model"):
+        export_to(tmp_path / "moe", "torch-2:4", tmp_path / "packed")
+
+
 @pytest.mark.parametrize(
     ("spoil", "kind", "said"),
     [
