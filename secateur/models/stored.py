@@ -47,8 +47,7 @@ def stored(model: PreTrainedModel, linears: Iterable[str]) -> dict[str, Stored]:
 
 def stored_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """All tensors of a model under the names, and in the parts, in which they are stored."""
-    state = model.state_dict()
-    return revert_weight_conversion(model, state) if _expert_views(model) else state
+    return revert_weight_conversion(model, model.state_dict())
 
 
 def _expert_views(model: nn.Module) -> dict[str, tuple[str, ExpertLinear]]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -22,6 +23,7 @@ from secateur.errors import ModelError
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.head import check_head
 from secateur.models.layout import observe
+from secateur.models.stored import stored_state
 from secateur.pruning.oneshot import RunOptions, prune_blocks
 from secateur.pruning.selection import select
 
@@ -241,6 +243,16 @@ def test_the_structure_of_every_block_is_observed(name, describe):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_head_makes_the_logits_of_the_hidden_states(name):
     check_head(made(name), TOKENS)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tensors_are_known_by_the_names_in_which_they_are_saved(name, tmp_path):
+    model = made(name)
+    model.save_pretrained(tmp_path)
+    saved, known = load_file(tmp_path / "model.safetensors"), stored_state(model)
+    assert saved.keys() <= known.keys()
+    assert all(torch.equal(tensor, known[key]) for key, tensor in saved.items())
+    assert known.keys() - saved.keys() <= model.all_tied_weights_keys.keys()
 
 
 HALF = Unstructured(0.5)
