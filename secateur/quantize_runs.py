@@ -182,7 +182,9 @@ class QuantizeRun:
     def save(self, folder: Path, records: list[BlockRecord]) -> tuple[Dequantized, Inspection]:
         """Fill a directory, and what was found when it was opened again."""
         loaded, linears = self.loaded, self.linears
-        promises = promises_of(loaded.model, self.plan) | {"zeros": self.zeros}
+        divided = {place: loaded.model.get_submodule(place) for place in divisions(loaded.model)}
+        changed = [f"{place}.{name}" for place, module in divided.items() for name, _ in module.named_parameters()]
+        promises = promises_of(loaded.model, self.plan) | {"zeros": self.zeros, "changed": changed}
         with self.watch.stage("save"):
             write(loaded.model, loaded.tokenizer, folder, linears, self.scheme, self.config.activations)
             write_artefact(
@@ -214,7 +216,7 @@ class QuantizeRun:
             "scheme": self.scheme.words(),
             "patterns": sorted({str(target.pattern) for target in self.plan.values()}),
             "balance": {
-                "folded": divisions(self.loaded.model),
+                "folded": len(divisions(self.loaded.model)),
                 "refused": [place for record in records for place in record.refused],
             },
             "zeros": {"before": self.plan.size - sum(map(bits_set, self.kept.values())), "after": storage["zeros"]},

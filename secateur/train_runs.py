@@ -22,7 +22,7 @@ from secateur.core.sparse_adamw import NEED_INPUTS
 from secateur.data.sources import Texts, read_texts
 from secateur.data.tokens import check_seq_len
 from secateur.errors import UsageError
-from secateur.evaluation.inspect import Inspection
+from secateur.evaluation.inspect import Checkpoint, Inspection
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.head import check_head
 from secateur.models.load import Loaded
@@ -194,6 +194,7 @@ class TrainRun:
         with self.watch.stage("save"):
             model.requires_grad_(False).eval()
             save(model, self.student.tokenizer, folder)
+            promises |= {"changed": [] if self.config.lora else [*Checkpoint(folder)]}
             sources = {"student": lasting(self.student.source), "teacher": lasting(self.teacher.place)}
             write_artefact(
                 folder / "secateur",

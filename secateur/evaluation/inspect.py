@@ -7,6 +7,7 @@ the sparsity of every matrix.
     {"linears": {WEIGHT NAME: {"pattern": {"kind": ...}, "transposed": bool}, ...},     transposed: stored (in, out)
      "tied": [[NAME, NAME, ...], ...],                                                   names that share one tensor
      "low_rank": {LINEAR NAME: RANK, ...},                                               where there are branches
+     "changed": [NAME, ...],                                       tensors that the run changed on purpose, where it did
      "zeros": NUMBER}                                              in all linears, where that was what was asked for
 
 A promised matrix that is no tensor of its own, one expert's in a stack of all, names the tensor and its place there:
@@ -15,7 +16,7 @@ a row of its own like any other.
 
 Broken means: a promised weight is missing or no longer follows its pattern, a tensor is not finite, a promised weight
 holds -0.0 (not a clean zero for every consumer), tied weights differ, or a tensor outside the plan is not the
-baseline's.
+baseline's, unless it was to be changed.
 """
 
 import json
@@ -98,6 +99,8 @@ class Promises:
     """Rank of the branch beside a linear, by the linear's name."""
     zeros: int = 0
     """In all linears together; 0 where nothing is said of them together."""
+    changed: tuple[str, ...] = ()
+    """Stored tensors that the run changed on purpose, planned or not."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,8 @@ class Inspection:
     tied: list[list[str]] = field(default_factory=list)
     low_rank: LowRank | None = None
     """What the low-rank branches take, where there are any."""
+    uncompared: int = 0
+    """Tensors outside the plan that no baseline can be held against, since the run changed them on purpose."""
     broken: list[str] = field(default_factory=list)
 
     @property
@@ -162,14 +167,16 @@ def inspect(
     checkpoint = Checkpoint(directory) if tensors is None else tensors
     promises = read_promises(directory)
     base = Checkpoint(Path(baseline)) if isinstance(baseline, str | Path) else baseline
-    linears, tied = (promises.linears, promises.tied) if promises else ([], [])
+    linears, tied, changed = (promises.linears, promises.tied, promises.changed) if promises else ([], [], ())
     held: dict[str, list[Promise]] = defaultdict(list)
     for promise in linears:
         held[promise.tensor].append(promise)
     report = Inspection(str(directory), promised=promises is not None, tied=tied)
     for name, tensor in checkpoint.items():
         _look_at(name, tensor, held.get(name, []), report)
-        if base is not None and name in base:
+        if base is not None and name in changed:
+            report.uncompared += name not in held
+        elif base is not None and name in base:
             _compare(name, tensor, base[name], held.get(name, []), report)
     report.broken += [f"{one.name}: promised but not stored" for one in linears if one.tensor not in checkpoint]
     if promises and report.zeros < promises.zeros:
@@ -320,7 +327,8 @@ def read_promises(directory: Path) -> Promises | None:
     data = _read_json(path)
     try:
         linears = [_promise(name, entry) for name, entry in data["linears"].items()]
-        return Promises(linears, data["tied"], data.get("low_rank", {}), data.get("zeros", 0))
+        changed = tuple(data.get("changed", ()))
+        return Promises(linears, data["tied"], data.get("low_rank", {}), data.get("zeros", 0), changed)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ArtefactError(f"{path}: not a promise file ({type(error).__name__}: {error}); prune again") from error
 

@@ -71,9 +71,9 @@ def restore_grids(block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             divide(module, tensors[name], weight=not isinstance(module, nn.Linear))
 
 
-def divisions(model: nn.Module) -> int:
-    """How many modules were divided."""
-    return sum(name.endswith(DIVISOR) for name, _ in model.named_buffers())
+def divisions(model: nn.Module) -> list[str]:
+    """Names of the modules that were divided."""
+    return [name.removesuffix(f".{DIVISOR}") for name, _ in model.named_buffers() if name.endswith(DIVISOR)]
 
 
 def divide(module: nn.Module, s: Tensor, *, weight: bool = True) -> None:

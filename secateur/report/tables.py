@@ -175,6 +175,7 @@ def inspect_tables(found: "Inspection") -> list[RenderableType]:
         "-0.0": str(found.negative_zeros),
         "tied": ", ".join(" = ".join(group) for group in found.tied) or "none recorded",
         **low_rank_row(asdict(found.low_rank) if found.low_rank else None),
+        **({"not compared": f"{found.uncompared} tensors that the run changed too"} if found.uncompared else {}),
     }
     return [table, *facts(found.path, rows), *_promises_kept(found)]
 

@@ -157,7 +157,7 @@ def test_smoothing_helps_inputs_that_differ_and_loses_no_zero(activations, run, 
         ran = run("quantize", uneven, *flags, "--out", tmp_path / balance, "--json")
         assert ran.code == 0, ran.err
         assert ran.json["balance"] == {"folded": folded, "refused": []}
-        assert run("inspect", tmp_path / balance).code == 0
+        assert run("inspect", tmp_path / balance, "--baseline", uneven).code == 0
         lost[balance] = float((logits(opened(tmp_path / balance)) - logits(dense)).float().square().mean())
     assert lost["smooth"] < 0.7 * lost["none"]
     before, after = load_file(uneven / "model.safetensors"), load_file(tmp_path / "smooth" / "model.safetensors")

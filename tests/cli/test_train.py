@@ -427,4 +427,6 @@ def test_models_of_another_build_are_trained_too(kind, run, text_file, byte_toke
     flags = ["--data", text_file, *SMALL, "--tokens", 512, "--out", tmp_path / "out"]
     ran = run("train", tmp_path / "model", *flags)
     assert ran.code == 0, ran.err
-    assert run("inspect", tmp_path / "out").code == 0
+    found = run("inspect", tmp_path / "out", "--baseline", tmp_path / "model", "--json")
+    assert found.code == 0, found.out
+    assert found.json["uncompared"] > 20  # all was trained

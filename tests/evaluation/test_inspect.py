@@ -133,6 +133,15 @@ def test_baseline_outside_the_plan_must_be_unchanged(pruned, dense, tiny_llama):
     ]
 
 
+def test_what_the_run_changed_on_purpose_is_counted_and_not_compared(pruned, dense):
+    edit(pruned, "model.norm.weight", first(7.0))
+    path = pruned / "secateur" / "promise.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"changed": ["model.norm.weight", UP]}))
+    report = inspect(pruned, baseline=dense)
+    assert (report.broken, report.uncompared) == ([], 1)
+    assert inspect(pruned).uncompared == 0
+
+
 def test_a_baseline_of_another_dtype_is_cast(pruned, dense):
     for name in load_file(pruned / "model.safetensors"):
         edit(pruned, name, lambda W: W.bfloat16())
