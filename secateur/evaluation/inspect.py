@@ -33,9 +33,9 @@ from torch import Tensor
 from secateur.core.pattern import Pattern, check_mask, pattern_from_dict
 from secateur.errors import ArtefactError
 from secateur.evaluation.branches import LowRank, broken_branches, cost_of, read_branches
+from secateur.models.headers import weight_files
 
 PROMISE = Path("secateur") / "promise.json"
-INDEX = "model.safetensors.index.json"
 PIECE = 1 << 20
 """Elements that are checked at one time."""
 
@@ -44,9 +44,7 @@ class Checkpoint(Mapping[str, Tensor]):
     """The tensors of a directory by name, sharded or not, each read from disk when asked for and not kept."""
 
     def __init__(self, directory: Path) -> None:
-        if not directory.is_dir():
-            raise ArtefactError(f"no directory {directory}; give a saved Hugging Face directory")
-        self._file_of = _files_of_tensors(directory)
+        self._file_of = {name: file for file in weight_files(directory) for name in _names(file)}
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._file_of[name], framework="pt") as file:
@@ -286,19 +284,6 @@ def _check_tied(group: list[str], checkpoint: Mapping[str, Tensor], directory: P
 
 
 # ---- files
-
-
-def _files_of_tensors(directory: Path) -> dict[str, Path]:
-    """Tensor name -> file, from the files' own headers; a shard that the index names must be there."""
-    files = sorted(directory.glob("*.safetensors"))
-    if (directory / INDEX).is_file():
-        named = set(_read_json(directory / INDEX).get("weight_map", {}).values())
-        if missing := sorted(named - {file.name for file in files}):
-            raise ArtefactError(f"{directory}: {INDEX} names {missing[0]}, which is not there; copy the missing shard")
-        files = [file for file in files if file.name in named]
-    if not files:
-        raise ArtefactError(f"{directory}: no .safetensors file; give a directory that save_pretrained wrote")
-    return {name: file for file in files for name in _names(file)}
 
 
 def _names(path: Path) -> list[str]:

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from secateur.errors import ArtefactError
+from secateur.models.headers import AGAIN, LONGEST_HEADER
 
-LONGEST_HEADER = 100_000_000
-"""Bytes; safetensors allows no more."""
 BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "C64": 64,
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -25,7 +24,6 @@ BITS = {
 """Of an element, for every type that safetensors has."""
 MOST_DIMENSIONS = 64
 """torch's own limit."""
-AGAIN = "copy or download it again"
 
 
 @dataclass(frozen=True)

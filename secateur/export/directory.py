@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from secateur.errors import ArtefactError, UsageError
-from secateur.export.container import AGAIN, parse_json, read_header
+from secateur.export.container import parse_json, read_header
 from secateur.export.sizes import Sizes, sizes_of
 from secateur.export.sparse_safetensors import Done, PackedFile, pack_file, unpack_file
 from secateur.models.branches import FOLDER
-from secateur.models.headers import INDEX, SPARSE, Size
+from secateur.models.headers import DENSE, SPARSE, Size, weight_files
 from secateur.models.save import clear_leftovers, place_of, refuse_nested, staged
 from secateur.models.sparse24 import is_sparse24
+from secateur.models.sparse24_loader import SUFFIX
 
-DENSE = ".safetensors"
 MEGABYTE = 10**6
 """What progress is counted in."""
 TORCH = {
@@ -94,7 +94,7 @@ def dense_names(directory: Path) -> list[str]:
         raise ArtefactError(f"{directory} is packed already; unpack it with `secateur unpack {directory} --out DIR`")
     if is_sparse24(directory):
         raise ArtefactError(f"{directory} is packed for torch-2:4; give the directory that it was made from")
-    return _weight_files(directory, DENSE, "give a directory that save_pretrained wrote")
+    return [path.name for path in weight_files(directory)]
 
 
 def refuse_stored_branches(source: Path) -> None:
@@ -105,10 +105,10 @@ def refuse_stored_branches(source: Path) -> None:
 
 def packed_files(directory: Path) -> list[PackedFile]:
     """All of them, headers checked. ArtefactError where there is none, or one is missing, damaged or there twice."""
-    names = _weight_files(directory, SPARSE, "give a directory that `secateur export --to sparse-safetensors` wrote")
-    if both := [name for name in names if (directory / _dense(name)).exists()]:
+    paths = weight_files(directory, SPARSE, "give a directory that `secateur export --to sparse-safetensors` wrote")
+    if both := [path.name for path in paths if (directory / _dense(path.name)).exists()]:
         raise ArtefactError(f"{directory} holds {both[0]} and {_dense(both[0])}; move one of them away")
-    return [PackedFile.open(directory / name) for name in names]
+    return [PackedFile.open(path) for path in paths]
 
 
 def is_packed(directory: Path) -> bool:
@@ -129,7 +129,7 @@ def stored_sizes(directory: Path) -> dict[str, Size]:
             for name, packed in file.tensors.items()
         }
     sizes: dict[str, Size] = {}
-    for path in sorted(directory.glob(f"*{DENSE}")):
+    for path in _files_as_stored(directory):
         header = read_header(path)
         sizes |= {name: Size(entry.elements, entry.bytes) for name, entry in header.tensors.items()}
         for name in parse_json(header.metadata["packed"]) if "sparse24" in header.metadata else ():
@@ -140,7 +140,12 @@ def stored_sizes(directory: Path) -> dict[str, Size]:
 
 def file_bytes(directory: Path) -> int:
     """Of all files that hold weights, in any form."""
-    return sum(path.stat().st_size for path in directory.glob(f"*{DENSE}"))
+    return sum(path.stat().st_size for path in _files_as_stored(directory))
+
+
+def _files_as_stored(directory: Path) -> list[Path]:
+    suffixes = {"dense": DENSE, "sparse-safetensors": SPARSE, "torch-2:4": SUFFIX}
+    return weight_files(directory, suffixes[form_of(directory)])
 
 
 def _packed(name: str) -> str:
@@ -149,26 +154,6 @@ def _packed(name: str) -> str:
 
 def _dense(name: str) -> str:
     return name.removesuffix(SPARSE) + DENSE
-
-
-def _weight_files(directory: Path, suffix: str, advice: str) -> list[str]:
-    if not directory.is_dir():
-        raise ArtefactError(f"no directory {directory}; {advice}")
-    names = sorted(path.name for path in directory.glob(f"*{suffix}"))
-    if not names:
-        raise ArtefactError(f"{directory}: no {suffix} file; {advice}")
-    if (directory / INDEX).is_file():
-        wanted = {name.removesuffix(DENSE) + suffix for name in _indexed(directory / INDEX)}
-        if missing := sorted(wanted - set(names)):
-            raise ArtefactError(f"{directory}: {INDEX} asks for {missing[0]}, which is not there; {AGAIN}")
-    return names
-
-
-def _indexed(index: Path) -> set[str]:
-    try:
-        return {str(name) for name in parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ArtefactError(f"{index}: no index ({type(error).__name__}: {error}); {AGAIN}") from error
 
 
 @contextmanager

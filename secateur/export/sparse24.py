@@ -19,9 +19,9 @@ from torch import Tensor
 from secateur.core.pattern import NM, pattern_from_dict
 from secateur.core.two_of_four import PER_BYTE, first_broken_row, pack
 from secateur.errors import ArtefactError, UsageError
-from secateur.export.directory import DENSE, Watch, dense_names, rebuilt, refuse_stored_branches, stored_sizes
+from secateur.export.directory import Watch, dense_names, rebuilt, refuse_stored_branches, stored_sizes
 from secateur.models import sparse24_loader
-from secateur.models.headers import INDEX, Size
+from secateur.models.headers import DENSE, INDEX, Size
 from secateur.models.skeleton import linear_weights
 from secateur.models.sparse24_loader import SUFFIX, VERSION, checksum, read_file
 

@@ -10,13 +10,15 @@ from typing import NamedTuple
 
 import torch
 
-from secateur.errors import ModelError
+from secateur.errors import ArtefactError, ModelError
 
+DENSE = ".safetensors"
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 SPARSE = ".sparse.safetensors"
 """How packed files end, see ``secateur.export``: the names of weights that must be unpacked first."""
 LONGEST_HEADER = 100_000_000
 """Bytes; safetensors allows no more."""
+AGAIN = "copy or download it again"
 STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Types of safetensors in which weights may be stored."""
 
@@ -33,18 +35,34 @@ Headers = dict[str, tuple[tuple[int, ...], str]]
 """Shape and type of every stored tensor."""
 
 
+def weight_files(
+    directory: Path, suffix: str = DENSE, advice: str = "give a directory that save_pretrained wrote"
+) -> list[Path]:
+    """The files that transformers would read: the one whole file, or those of the index; without either, all.
+
+    ``suffix``: how they end in a directory that was packed. ArtefactError where there is none, or one lacks.
+    """
+    if not directory.is_dir():
+        raise ArtefactError(f"no directory {directory}; {advice}")
+    held = sorted(path for path in directory.glob(f"*{suffix}") if path.is_file())
+    if not held:
+        raise ArtefactError(f"{directory}: no {suffix} file; {advice}")
+    if (whole := directory / f"model{suffix}") in held:
+        return [whole]
+    if not (directory / INDEX).is_file():
+        return held
+    wanted = {directory / (name.removesuffix(DENSE) + suffix) for name in _places(directory / INDEX).values()}
+    if missing := sorted(wanted - {*held}):
+        raise ArtefactError(f"{directory}: {INDEX} asks for {missing[0].name}, which is not there; {AGAIN}")
+    return sorted(wanted)
+
+
 def shards(directory: Path) -> list[Path]:
-    """The files that transformers would read: the one whole file, or those of the index. ModelError where one lacks."""
-    index = directory / INDEX
-    if (directory / WHOLE).is_file() or not index.is_file():
-        return [directory / WHOLE]
-    names = sorted(set(_places(index).values()))
-    missing = [name for name in names if not (directory / name).is_file()]
-    if missing:
-        raise ModelError(
-            f"{directory} lacks {len(missing)} of {len(names)} shards, such as {missing[0]}; copy them too"
-        )
-    return [directory / name for name in names]
+    """The files of a model that is to be loaded. ModelError where one lacks."""
+    try:
+        return weight_files(directory)
+    except ArtefactError as error:
+        raise ModelError(str(error)) from error
 
 
 def read_headers(files: list[Path], codes: bool = False) -> Headers:
@@ -70,7 +88,10 @@ def read_headers(files: list[Path], codes: bool = False) -> Headers:
 
 
 def _places(index: Path) -> dict[str, str]:
-    return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    try:
+        return {name: str(file) for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ArtefactError(f"{index}: no index ({type(error).__name__}: {error}); {AGAIN}") from error
 
 
 def _header(path: Path) -> Headers:

@@ -43,7 +43,6 @@ from secateur.models.offload import (
     is_offloaded,
     return_freed_memory,
     stays_on_disk,
-    weight_bytes,
     weights,
 )
 from secateur.models.quiet import quiet
@@ -243,12 +242,13 @@ def _model(
 ) -> PreTrainedModel:
     more: dict[str, Any]
     folder, gguf = Path(place.name), "gguf_file" in place.options
-    lazy = stays_on_disk(offload, weight_bytes(folder), gguf=gguf)
+    files = [] if gguf else shards(folder)
+    lazy = stays_on_disk(offload, sum(path.stat().st_size for path in files), gguf=gguf)
     if gguf:
         more = {"quantization_config": GgufConfig(gguf_file=place.options["gguf_file"], dequantize=True)}
     else:
         config = read_config(place, source, codes)
-        read_headers(shards(folder), codes)  # refuses what transformers would read without a word
+        read_headers(files, codes)  # refuses what transformers would read without a word
         more = {"config": config}
         if lazy:
             return_freed_memory()

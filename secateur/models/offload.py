@@ -40,10 +40,6 @@ def stays_on_disk(offload: Literal["auto", "on", "off"], size: int, *, gguf: boo
     return offload == "on" or (offload == "auto" and size > MEMORY_SHARE * psutil.virtual_memory().available)
 
 
-def weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
 def disk_map(config: PretrainedConfig) -> dict[str, str]:
     """Device map for ``from_pretrained``: blocks on disk, the rest in memory. ModelError for fewer than two blocks."""
     with torch.device("meta"):

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from secateur import load_packed
 from secateur.errors import ArtefactError, ModelError, UsageError
-from secateur.export.directory import pack_directory, unpack_directory
+from secateur.evaluation.inspect import Checkpoint
+from secateur.export.directory import file_bytes, pack_directory, stored_sizes, unpack_directory
 from secateur.models.load import load
 
 SHARDS = 4
@@ -169,6 +170,21 @@ def test_an_index_that_does_not_fit(sharded, index, tmp_path):
     (sharded / "model.safetensors.index.json").write_text(index)
     with pytest.raises(ArtefactError, match="copy or download it again"):
         pack_directory(sharded, tmp_path / "out", Watch())
+
+
+def test_what_no_loader_reads_is_not_the_model(sharded, tiny_llama, tmp_path):
+    """Saved whole over shards, whose index stays; and tensors of something else."""
+    tiny_llama.save_pretrained(sharded)
+    assert (sharded / "model.safetensors.index.json").exists()
+    save_file({"moments": torch.ones(2, 2)}, sharded / "optimizer.safetensors")
+    whole = sharded / "model.safetensors"
+    names = set(load_file(whole))
+    assert set(Checkpoint(sharded)) == set(stored_sizes(sharded)) == names
+    assert file_bytes(sharded) == whole.stat().st_size
+    assert [file.name for file in pack_directory(sharded, tmp_path / "packed", Watch()).files] == [
+        "model.sparse.safetensors"
+    ]
+    assert set(load_packed(tmp_path / "packed")) == set(stored_sizes(tmp_path / "packed")) == names
 
 
 def test_a_missing_shard(packed, sharded, tmp_path):
