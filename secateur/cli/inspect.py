@@ -34,10 +34,9 @@ def command(directory: Path, baseline: str | None, as_json: bool) -> int:
     from secateur.report.tables import inspect_tables
 
     openers = {"dense": Checkpoint, "sparse-safetensors": load_packed, "torch-2:4": dense_state}
-    reference = None
+    form, reference = form_of(directory), None
     if baseline is not None:
         reference = stored_state(load(baseline, dtype="auto").model)
-    form = form_of(directory)
     tensors = openers[form](directory)
     codes = Dequantized(directory, tensors) if is_quantized(directory) else None
     found = inspect(directory, reference, tensors if codes is None else codes)

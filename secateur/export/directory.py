@@ -22,6 +22,7 @@ from secateur.export.sizes import Sizes, sizes_of
 from secateur.export.sparse_safetensors import Done, PackedFile, pack_file, unpack_file
 from secateur.models.branches import FOLDER
 from secateur.models.headers import DENSE, SPARSE, Size, weight_files
+from secateur.models.openvino import is_openvino
 from secateur.models.save import clear_leftovers, place_of, refuse_nested, staged
 from secateur.models.sparse24 import is_sparse24
 from secateur.models.sparse24_loader import SUFFIX
@@ -116,7 +117,12 @@ def is_packed(directory: Path) -> bool:
 
 
 def form_of(directory: Path) -> str:
-    """ "dense", or the target of an export that packed it."""
+    """ "dense", or the target of an export that packed it. ArtefactError for a graph, which names no tensors."""
+    if is_openvino(directory) and not any(directory.glob(f"*{DENSE}")):
+        raise ArtefactError(
+            f"{directory} was exported to openvino; {directory}/secateur/export.json tells its matrices, `secateur "
+            "bench` runs it, and promises are checked in the directory before"
+        )
     return "sparse-safetensors" if is_packed(directory) else "torch-2:4" if is_sparse24(directory) else "dense"
 
 

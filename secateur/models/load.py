@@ -45,6 +45,7 @@ from secateur.models.offload import (
     stays_on_disk,
     weights,
 )
+from secateur.models.openvino import is_openvino
 from secateur.models.quiet import quiet
 from secateur.models.save import forget_gguf
 from secateur.models.sparse24 import is_sparse24
@@ -229,6 +230,10 @@ def _refuse_incomplete(path: Path, advice: str = "copy or download the weights a
             f"{path} is packed for GPUs; open it with `secateur.load_sparse`, or give the directory before"
         )
     if not any(file.suffix == ".safetensors" for file in files):
+        if is_openvino(path):
+            raise ModelError(
+                f"{path} was exported to openvino; run it with `secateur bench`, or give the directory before"
+            )
         if any(file.suffix in PICKLE_SUFFIXES for file in files):
             raise ModelError(f"{path} holds {PICKLED}")
         raise ModelError(f"{path} holds no .safetensors file; {advice}")

@@ -68,6 +68,8 @@ TYPED = {
     "already quantized": (prune("TMP/quantized"), 1, ["already quantized"]),
     "hub unreachable": (prune("nobody/no-such-model"), 1, ["nobody/no-such-model"]),
     "hub data unreachable": (prune(data="wikitext2"), 1, ["wikitext", "embedded"]),
+    "an OpenVINO graph": (prune("TMP/graph"), 1, ["was exported to openvino", "secateur bench"]),
+    "inspect a graph": (["inspect", "TMP/graph"], 1, ["was exported to openvino", "graph/secateur/export.json"]),
     "eval without data": (["eval", "MODEL"], 2, ["--data"]),
     "eval unknown data": (["eval", "MODEL", "--data", "c5"], 2, ["'c5'"]),
     "eval above context": (["eval", "MODEL", "--data", "TEXT"], 2, ["2048", "context", "128"]),
@@ -93,6 +95,9 @@ def places(tmp_path_factory, model_dir, text_file) -> dict[str, str]:
     (copies["weightless"] / "model.safetensors").unlink()
     (copies["corrupt"] / "model.safetensors").write_bytes(b"not a checkpoint at all")
     change_config(copies["alien"], model_type="martian", architectures=["MartianForCausalLM"])
+    shutil.copytree(model_dir, tmp / "graph", ignore=shutil.ignore_patterns("*.safetensors"))
+    for suffix in ("xml", "bin"):
+        (tmp / "graph" / f"openvino_model.{suffix}").write_bytes(b"a graph")
     shutil.copytree(model_dir, tmp / "quantized")
     change_config(tmp / "quantized", quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 32})
     return {"TMP": str(tmp), "MODEL": str(model_dir), "TEXT": str(text_file), "OUT": str(tmp / "out")}
@@ -123,7 +128,7 @@ def test_one_line_and_the_exit_code(case, places, run):
 def test_nothing_was_touched_or_left(places):
     assert (Path(places["TMP"]) / "theirs" / "thesis.tex").read_text() == "precious"
     left = sorted(path.name for path in Path(places["TMP"]).iterdir())
-    known = "alien binary.txt corrupt corrupt.gguf empty.txt lines.jsonl quantized short.txt theirs weightless"
+    known = "alien binary.txt corrupt corrupt.gguf empty.txt graph lines.jsonl quantized short.txt theirs weightless"
     assert left == known.split()
 
 
