@@ -60,7 +60,8 @@ def attention_inputs(work: Work, options: SparseLLM) -> tuple[Hidden, Hidden]:
     solver = Precise(options.inner, work)
     for g, gram in grams.items():
         (W, pattern), observed = work.stacked(g), gram.observed()
-        work.solved(g, W, solver.solve(W, observed.H, pattern), observed)
+        with work.naming(*g):
+            work.solved(g, W, solver.solve(W, observed.H, pattern), observed)
     return outputs, attended
 
 
@@ -97,8 +98,9 @@ def attention_output(work: Work, attended: Hidden, options: SparseLLM) -> None:
         work.combine(gram)
         work.combine(residual)
     observed = gram.observed()
-    target = fit(W0, observed.H, residual.mean(), options.fit_damp)
-    work.solved((out,), W0, Precise(options.inner, work).solve(target, observed.H, pattern), observed)
+    with work.naming(out):
+        target = fit(W0, observed.H, residual.mean(), options.fit_damp)
+        work.solved((out,), W0, Precise(options.inner, work).solve(target, observed.H, pattern), observed)
 
 
 def ffn_tokens(work: Work, outputs: Hidden, options: SparseLLM) -> tuple[Hidden, Hidden]:

@@ -95,7 +95,7 @@ def prune_ffn(work: Work, form: FeedForwardForm, X: Hidden, Y: Hidden, options: 
     train = HostTokens(X, Y, work.options.device)
     test = HostTokens(X_held, Y_held, work.options.device) if held else train
     solver = Precise(options.inner, work)
-    with work.forwards("ffn"):
+    with work.forwards("ffn"), work.naming(*first_linears(form), form.down):
         refined = closed_feedforward(dense, train, test, ffn_patterns(work, form), options, solver, work.combine)
     write_ffn(work, form, dense, refined)
     return refined

@@ -34,7 +34,8 @@ def solve_groups(
         W, pattern = work.stacked(linears)
         observed = sums[linears].observed() if linears in sums else None
         H = observed.H if observed else torch.ones(W.shape[1], device=W.device)
-        pruned = Precise(solver, work).solve(W, H, pattern)
+        with work.naming(*linears):
+            pruned = Precise(solver, work).solve(W, H, pattern)
         note = "; ".join(filter(None, (notes.get(linears, ""), pruned.note)))
         work.solved(linears, W, pruned._replace(note=note), observed)
 

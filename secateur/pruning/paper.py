@@ -12,7 +12,7 @@ from secateur.core.sparsellm import Refined, SparseLLM
 from secateur.core.sparsellm_paper import paper_feedforward
 from secateur.models.layout import FeedForwardForm
 from secateur.pruning.experts import Tokens, collector, even, expert_forms, linears_of, rounds_of, too_few
-from secateur.pruning.ffn import HostTokens, dense_targets, ffn_patterns, ffn_view, write_ffn
+from secateur.pruning.ffn import HostTokens, dense_targets, ffn_patterns, ffn_view, first_linears, write_ffn
 from secateur.pruning.hidden import Hidden
 from secateur.pruning.layerwise import layerwise
 from secateur.pruning.work import Precise, Watcher, Work
@@ -44,7 +44,7 @@ def paper(work: Work, options: SparseLLM) -> Refined | None:
 
 def rounds(work: Work, form: FeedForwardForm, dense: FeedForward, inputs: Hidden, options: SparseLLM) -> Refined:
     """The published rounds of one FFN, written."""
-    with work.forwards("ffn"):
+    with work.forwards("ffn"), work.naming(*first_linears(form), form.down):
         tokens = HostTokens(inputs, dense_targets(work, dense, inputs), work.options.device)
         solver = Precise(options.inner, work)
         pruned = ffn_view(work, form)

@@ -19,7 +19,7 @@ from secateur.core.moments import Inputs, Moments, Observed, inputs_of
 from secateur.core.pattern import Pattern, Stacked, by_rows
 from secateur.core.plan import Target
 from secateur.core.solver import LayerSolver, Needs, Pruned, relative_error
-from secateur.errors import ModelError, UsageError
+from secateur.errors import ModelError, NumericalError, UsageError
 from secateur.models.adapter import Call, DecoderAdapter, Linear
 from secateur.models.expert_layout import ExpertLayout, observe_experts, watchable
 from secateur.models.experts import ExpertLinear
@@ -188,6 +188,15 @@ class Work:
         """A stage of forwards and moments: products at the run's precision, no autograd."""
         with products(self.options.precision), self.stage(name), torch.no_grad():
             yield
+
+    @contextmanager
+    def naming(self, *linears: str) -> Iterator[None]:
+        """What fails in numbers inside failed at these linears."""
+        try:
+            yield
+        except NumericalError as error:
+            names = ", ".join(f"{self.adapter.block_names[self.index]}.{name}" for name in linears)
+            raise NumericalError(f"{names}: {error}") from error
 
     def solved(self, linears: tuple[str, ...], before: Tensor, after: Pruned, observed: Observed | None) -> None:
         """Write stacked solved weights back into their linears and keep a record of each."""

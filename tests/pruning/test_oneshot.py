@@ -224,6 +224,16 @@ def test_rows_that_turn_non_finite_are_dropped_and_end_the_run_above_a_tenth(met
         assert all(torch.isfinite(parameter).all() for parameter in model.model.layers.parameters())
 
 
+@pytest.mark.parametrize(("method", "pattern"), [("sparsegpt", HALF), ("closed", Unstructured(0.9999))])
+def test_a_linear_whose_inputs_are_all_zero_is_named(method, pattern):
+    """Since its values are zero, or since everything before it was pruned away."""
+    model = make("llama")
+    if pattern == HALF:
+        model.model.layers[0].self_attn.v_proj.weight.zero_()
+    with pytest.raises(NumericalError, match=r"^model\.layers\.0\.self_attn\.o_proj: every calibration input"):
+        run(model, METHODS[method], pattern)
+
+
 def test_an_ffn_of_unknown_form_is_refused_for_sparsellm_only():
     model = make("llama")
     for layer in model.model.layers:
