@@ -139,10 +139,10 @@ def _texts(loaded: Loaded, options: ExportOptions) -> Texts:
     seq_len = min(options.seq_len, context)
     check_seq_len(seq_len, context)
     shown, held = read_texts(options.data, "calibration"), read_texts(options.data, "evaluation")
-    check = eval_windows(tokenize(held, loaded.tokenizer), seq_len, options.held_out)
-    tokens = tokenize(shown, loaded.tokenizer)
-    if shown.provenance["sha256"] == held.provenance["sha256"]:  # a local file
-        tokens = tokens[check.numel() :]
+    tokens = tokenize(held, loaded.tokenizer)
+    check = eval_windows(tokens, seq_len, options.held_out)
+    local = shown.provenance["sha256"] == held.provenance["sha256"]  # a file, of which the rest calibrates
+    tokens = tokens[check.numel() :] if local else tokenize(shown, loaded.tokenizer)
     return Texts(sample_windows(tokens, options.samples, seq_len, torch.Generator().manual_seed(options.seed)), check)
 
 

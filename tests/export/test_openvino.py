@@ -14,7 +14,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from secateur import ExportOptions, export_to
+from secateur import ExportOptions, export_to, exports
+from secateur.data.tokens import tokenize
 from secateur.errors import ArtefactError, DeviceError, ModelError, UsageError
 from secateur.evaluation.bench_worker import measure, open_runner
 from secateur.export import int8
@@ -149,13 +150,16 @@ def test_a_tied_table_is_coded_once(tiny_llama, monkeypatch):
     assert tiny_llama.lm_head.codes is tiny_llama.model.embed_tokens.codes
 
 
-def test_what_checks_does_not_calibrate(byte_tokenizer, tmp_path):
-    """One file for both: with just enough text, calibration is all but the windows held out."""
+def test_what_checks_does_not_calibrate(byte_tokenizer, tmp_path, monkeypatch):
+    """One file for both, tokenized once: with just enough text, calibration is all but the windows held out."""
+    calls = []
+    monkeypatch.setattr(exports, "tokenize", lambda *given: calls.append(given) or tokenize(*given))
     text = "".join(f"{number:04}" for number in range(128))
     (tmp_path / "text.txt").write_text(text)
     loaded: Any = SimpleNamespace(model=SimpleNamespace(config=LlamaConfig()), tokenizer=byte_tokenizer)
     made = _texts(loaded, ExportOptions(str(tmp_path / "text.txt"), samples=6, held_out=2, seq_len=64))
     tokens = torch.tensor(byte_tokenizer(text)["input_ids"]).view(8, 64)
+    assert len(calls) == 1
     assert torch.equal(made.held_out, tokens[:2])
     assert sorted(made.calibration.tolist()) == sorted(tokens[2:].tolist())
 
