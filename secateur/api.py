@@ -180,18 +180,11 @@ def evaluate(
     progress: Progress | None = None,
 ) -> list[Comparison]:
     """Perplexity of a model, and of a baseline beside it, on each text. ``limit`` windows of ``seq_len`` at most."""
-    watch = Stopwatch(progress)
-    texts = [read_texts(name, "evaluation") for name in ([data] if isinstance(data, str) else data)]
-    _check_baseline(baseline)
-
-    def measure(which: "Source") -> list[PerplexityResult]:
-        with _opened(which, tokenizer, device, dtype, watch) as loaded:
-            return [_perplexity(loaded, text, seq_len, limit, batch, watch.progress) for text in texts]
-
-    results = measure(model)
-    if baseline is None:
-        return [Comparison(result) for result in results]
-    return [compare(result, other) for result, other in zip(results, measure(baseline), strict=True)]
+    texts = [data] if isinstance(data, str) else data
+    return measure(
+        model, texts, [], baseline=baseline, tokenizer=tokenizer, seq_len=seq_len, limit=limit, device=device,
+        dtype=dtype, batch=batch, progress=progress,
+    )[0]  # fmt: skip
 
 
 def evaluate_tasks(
@@ -210,28 +203,48 @@ def evaluate_tasks(
 
     Needs the extra ``eval``. UsageError for an unknown task; DataError where its questions cannot be had.
     """
-    watch = Stopwatch(progress)
-    wanted = task_list([tasks] if isinstance(tasks, str) else tasks)
-    check_tasks(wanted)
-    _check_baseline(baseline)
-
-    def measure(which: "Source") -> list[Score]:
-        with _opened(which, tokenizer, device, dtype, watch) as loaded:
-            watch.progress.stage(f"tasks of {loaded.source}")
-            return scores(
-                loaded.model, loaded.tokenizer, wanted, limit=limit, batch=batch, update=watch.progress.update
-            )
-
-    found = measure(model)
-    if baseline is None:
-        return [ScorePair(score) for score in found]
-    return [ScorePair(score, other) for score, other in zip(found, measure(baseline), strict=True)]
+    asked = [tasks] if isinstance(tasks, str) else tasks
+    return measure(
+        model, [], asked, baseline=baseline, tokenizer=tokenizer, limit=limit, device=device, dtype=dtype, batch=batch,
+        progress=progress,
+    )[1]  # fmt: skip
 
 
-def _check_baseline(baseline: "Source | None") -> None:
-    """ModelError for one that is not there, before the other model is measured."""
+def measure(
+    model: "Source",
+    data: Sequence[str],
+    tasks: Sequence[str],
+    *,
+    baseline: "Source | None" = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    seq_len: int = 2048,
+    limit: int | None = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch: int = 1,
+    progress: Progress | None = None,
+) -> tuple[list[Comparison], list[ScorePair]]:
+    """``evaluate`` on the texts and ``evaluate_tasks`` on the tasks, each model opened once."""
+    watch, wanted = Stopwatch(progress), task_list(tasks)
+    if wanted:
+        check_tasks(wanted)  # before the texts are measured, which takes a while
+    texts = [read_texts(name, "evaluation") for name in data]
     if isinstance(baseline, str | os.PathLike):
         check_source(os.fspath(baseline))
+
+    def measured(which: "Source") -> tuple[list[PerplexityResult], list[Score]]:
+        with _opened(which, tokenizer, device, dtype, watch) as loaded:
+            results = [_perplexity(loaded, text, seq_len, limit, batch, watch.progress) for text in texts]
+            return results, _scores(loaded, wanted, limit, batch, watch.progress) if wanted else []
+
+    results, found = measured(model)
+    if baseline is None:
+        return [Comparison(result) for result in results], [ScorePair(score) for score in found]
+    others, theirs = measured(baseline)
+    return (
+        [compare(result, other) for result, other in zip(results, others, strict=True)],
+        [ScorePair(score, other) for score, other in zip(found, theirs, strict=True)],
+    )
 
 
 @contextmanager
@@ -252,3 +265,10 @@ def _perplexity(
     return evaluate_text(
         loaded.model, loaded.tokenizer, texts, seq_len=seq_len, limit=limit, batch=batch, progress=progress.update
     )
+
+
+def _scores(
+    loaded: Loaded, tasks: Sequence[str | dict[str, Any]], limit: int | None, batch: int, progress: Progress
+) -> list[Score]:
+    progress.stage(f"tasks of {loaded.source}")
+    return scores(loaded.model, loaded.tokenizer, tasks, limit=limit, batch=batch, update=progress.update)

@@ -1,6 +1,6 @@
 """``secateur eval``: perplexity on texts and accuracy on tasks, beside a baseline's."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -41,21 +41,18 @@ def command(
 
     MODEL is a hub id, a Hugging Face directory, a .gguf file, or `demo`. Tasks need the extra `eval`.
     """
-    from secateur.api import evaluate, evaluate_tasks
-    from secateur.evaluation.tasks import check_tasks, task_list
+    from secateur.api import measure
     from secateur.report.progress import on_stderr
     from secateur.report.tables import eval_tables, task_table
 
     texts, asked = _names(data), _names(tasks)
     if not texts and not asked:
         raise UsageError("neither --data nor --tasks; for example --data wikitext2,c4 or --tasks piqa,arc_easy")
-    options: dict[str, Any] = {"baseline": baseline, "limit": limit, "batch": batch}
-    options |= {"device": device or "auto", "dtype": dtype or "auto"}
-    if asked:
-        check_tasks(task_list(asked))  # before the texts are measured, which takes a while
     with on_stderr() as progress:
-        results = evaluate(model, texts, seq_len=seq_len, progress=progress, **options) if texts else []
-        scores = evaluate_tasks(model, asked, progress=progress, **options) if asked else []
+        results, scores = measure(
+            model, texts, asked, baseline=baseline, seq_len=seq_len, limit=limit, batch=batch,
+            device=device or "auto", dtype=dtype or "auto", progress=progress,
+        )  # fmt: skip
     report = {
         "model": model,
         "baseline": baseline,

@@ -124,9 +124,12 @@ def test_without_lm_eval(monkeypatch):
         tasks.check_tasks([])
 
 
-def test_from_the_command_line(model, byte_tokenizer, tmp_path, capsys):
+def test_from_the_command_line(model, byte_tokenizer, tmp_path, capsys, monkeypatch):
+    from secateur import runs
     from secateur.cli import main
 
+    opened, load = [], runs.load
+    monkeypatch.setattr(runs, "load", lambda source, **options: opened.append(source) or load(source, **options))
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer.save_pretrained(tmp_path / "model")
     task, place = described(tmp_path), str(tmp_path / "model")
@@ -136,7 +139,11 @@ def test_from_the_command_line(model, byte_tokenizer, tmp_path, capsys):
     assert {(pair["score"]["metric"], pair["gap"], pair["gap_stderr"]) for pair in told["tasks"]} == {
         ("acc", 0.0, 0.0), ("acc_norm", 0.0, 0.0)
     }  # fmt: skip
-    assert main(["eval", place, "--baseline", place, "--tasks", str(task)]) == 0
+    opened.clear()
+    (tmp_path / "text.txt").write_text("abc " * 20)
+    texts = ["--data", str(tmp_path / "text.txt"), "--seq-len", "16"]
+    assert main(["eval", place, "--baseline", place, "--tasks", str(task), *texts]) == 0
     assert "+0.0000 ± 0.0000" in capsys.readouterr().out
+    assert opened == [place, place]  # each once, for texts and tasks
     assert main(["eval", place]) == 2
     assert "neither --data nor --tasks" in capsys.readouterr().err
