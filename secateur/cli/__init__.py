@@ -12,6 +12,7 @@ import threading
 import traceback
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 import click
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where somebody ignores it, as nohup does
         signal.signal(signal.SIGINT, _stop)
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if args[:2] == ["train", "cache"] and not Path("cache").exists():  # no student
+        args = args[1:]
     try:
         return cli.main(args=args, prog_name="secateur", standalone_mode=False) or 0
     except (KeyboardInterrupt, click.Abort) as stop:

@@ -11,7 +11,8 @@ SMALL = ["--tokens", 1024, "--seq-len", 32, "--batch", 4, "--lr", 1e-2, "--set",
 @pytest.fixture(scope="module")
 def cache(run, sharp_dir, text_file, tmp_path_factory):
     out = tmp_path_factory.mktemp("cache") / "cache"
-    ran = run("cache", sharp_dir, "--data", text_file, "--seq-len", 32, "--top-k", 255, "--out", out, "--json")
+    flags = ["--data", text_file, "--seq-len", 32, "--top-k", 255, "--out", out, "--json"]
+    ran = run("train", "cache", sharp_dir, *flags)  # which is "cache"
     assert ran.code == 0, ran.err
     return out
 
