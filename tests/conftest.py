@@ -3,6 +3,7 @@
 import os
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")  # read when transformers is imported
+os.environ.pop("COLUMNS", None)  # processes of pytest-xdist have it; pages are as wide as in any pipe
 
 from pathlib import Path
 

@@ -57,7 +57,7 @@ TYPED = {
     "text empty": (prune(data="TMP/empty.txt"), 1, ["empty"]),
     "text binary": (prune(data="TMP/binary.txt"), 1, ["binary.txt", "UTF-8"]),
     "jsonl without text": (prune(data="TMP/lines.jsonl"), 1, ["line 2", "text"]),
-    "out is somebody's": (prune(out="TMP/theirs"), 2, ["theirs", "exists"]),
+    "out is somebody's": (prune(out="TMP/theirs"), 2, ["theirs", "holds"]),
     "out below a file": (prune(out="TMP/empty.txt/out"), 1, ["empty.txt"]),
     "gguf missing": (prune("TMP/none.gguf"), 1, ["none.gguf"]),
     "gguf corrupt": (prune("TMP/corrupt.gguf"), 1, ["corrupt.gguf"]),

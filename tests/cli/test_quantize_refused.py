@@ -65,7 +65,7 @@ REFUSED = {
     "taper without joint": (["--set", "taper=0.1"], 2, ["gptq keeps the zeros", "--method joint"]),
     "joint without a pattern": (["--method", "joint"], 2, ["needs a sparsity"]),
     "unknown key": (["--set", "bit=4"], 2, ["'bit'", "did you mean bits"]),
-    "somebody's out": (["--out", "theirs"], 2, ["theirs", "exists"]),
+    "somebody's out": (["--out", "theirs"], 2, ["theirs", "holds file"]),
 }
 
 

@@ -11,7 +11,7 @@ from secateur.core.pattern import NM, Unstructured, check_mask
 from secateur.core.plan import Plan
 from secateur.core.solvers import ADMM, Magnitude, SparseGPT, Wanda
 from secateur.core.sparsellm import SparseLLM
-from secateur.errors import ModelError
+from secateur.errors import UsageError
 from secateur.models.adapter import DecoderAdapter
 from secateur.pruning.experts import expert_forms, routed_tokens
 from secateur.pruning.hidden import Budget, Hidden
@@ -242,7 +242,7 @@ def test_a_plan_without_a_part_of_an_expert_is_refused_for_sparsellm_only(moe):
         if isinstance(method, SparseGPT):
             assert len(next(runs).record.linears) == 4 + 17
         else:
-            with pytest.raises(ModelError, match=r"the plan lacks mlp\.experts\.2\.down_proj"):
+            with pytest.raises(UsageError, match=r"the plan lacks mlp\.experts\.2\.down_proj"):
                 next(runs)
 
 
