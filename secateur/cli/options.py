@@ -24,7 +24,7 @@ device_option = click.option(
 dtype_option = click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    help="Type of the weights, loaded and saved; auto keeps the checkpoint's.  [default: auto]",
+    help="Type of the weights, as loaded and as saved where anything is; auto keeps the checkpoint's.  [default: auto]",
 )
 DATA_HELP = "wikitext2, c4, ptb, embedded, hf:ID[:config][:split][:column], or a .txt, .jsonl or .parquet file."
 PIPE_WIDTH = 140

@@ -20,6 +20,7 @@ from torch import Tensor
 from secateur.core.linalg import cholesky
 
 DAMP = 0.01
+"""Ridge of ``residual_fit``, as a share of mean(diag H)."""
 
 
 class Branch(NamedTuple):

@@ -27,7 +27,6 @@ from secateur.models.branches import matrix
 PER_ROW = Scheme(8)
 PACKED_SIDE = 64
 """OpenVINO packs matrices both of whose sides this divides."""
-
 NO_EXPERTS = "blocks with routed experts cannot be exported as W8A8 yet; take sparse-safetensors"
 
 

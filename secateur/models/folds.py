@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from secateur.models.grids import DIVISOR, divide
 from secateur.models.layout import Layout
 
-UNDERFLOW = {torch.float16: 2e-2}
-"""Change of what a block adds that is no sign of a wrong fold; in other types, powers of two change no digit."""
-EXACT = 1e-6
+EXACT, UNDERFLOW = 1e-6, {torch.float16: 2e-2}
+"""Largest change of what a block adds, as a share of it: powers of two change no digit, but in float16 below 6e-5."""
 
 
 class Fold(NamedTuple):
