@@ -88,9 +88,9 @@ def _two_of_four(source: str, out: Path, options: ExportOptions, watch: Stopwatc
     if is_quantized(Path(source)):
         _check_codes(source)
     told = export_sparse24(Path(source), out, watch)
-    weights, made = sum(map(math.prod, told["matrices"].values())), told["packed_bytes"]
-    others = competitors(made - weights * told["bits_per_weight"]["sparse"] / 8, weights)
-    return {**told, "alternatives": others, "warnings": smaller_lines(made, others)}
+    weights = sum(map(math.prod, told["matrices"].values()))
+    others = competitors(2 * (told["elements"] - weights), weights)
+    return {**told, "alternatives": others, "warnings": smaller_lines(told["packed_bytes"], others)}
 
 
 def _check_codes(source: str) -> None:

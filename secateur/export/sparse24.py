@@ -55,17 +55,18 @@ def export_sparse24(source: Path, out: Path, watch: Watch) -> dict[str, Any]:
             raise UsageError(f"{first} is not 2:4, nor is any matrix of {source}; prune with --pattern 2:4 first")
         with watch.stage("check", "read it back"):
             _check(source, stage, names)
-        bits = _bits(stored_sizes(stage), matrices, sizes["packed_bytes"])
+        elements, bits = _bits(stored_sizes(stage), matrices, sizes["packed_bytes"])
     share = sizes["packed_bytes"] / sizes["dense_bytes"]
-    return {**sizes, "share": share, "bits_per_weight": bits, "matrices": matrices}
+    return {**sizes, "share": share, "elements": elements, "bits_per_weight": bits, "matrices": matrices}
 
 
-def _bits(sizes: Mapping[str, Size], matrices: Collection[str], file_bytes: int) -> dict[str, float]:
-    """Of a weight of the 2:4 matrices, scales of int8 included, and of every weight, headers included."""
+def _bits(sizes: Mapping[str, Size], matrices: Collection[str], file_bytes: int) -> tuple[int, dict[str, float]]:
+    """How many weights there are; bits of one of the 2:4 matrices, scales of int8 included, and of any, headers too."""
     scales = {f"{name}_scale" for name in matrices} & sizes.keys()
     packed = sum(sizes[name].bytes for name in (*matrices, *scales))
     weights = sum(size.elements for name, size in sizes.items() if name not in scales)
-    return {"sparse": 8 * packed / sum(sizes[name].elements for name in matrices), "whole": 8 * file_bytes / weights}
+    sparse = 8 * packed / sum(sizes[name].elements for name in matrices)
+    return weights, {"sparse": sparse, "whole": 8 * file_bytes / weights}
 
 
 def _promised(source: Path, own: set[str]) -> set[str] | None:
