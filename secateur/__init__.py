@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from secateur.export.directory import load_packed
     from secateur.exports import ExportOptions, export_to, unpack
     from secateur.models.sparse24 import load_sparse
-    from secateur.planning import plan
+    from secateur.planning.plan import plan
+    from secateur.planning.report import PlanReport
     from secateur.quantize_config import QuantizeConfig
-    from secateur.report.plan_report import PlanReport
     from secateur.train_config import TrainConfig
 
     __version__: str
@@ -47,7 +47,7 @@ __all__ = [
 _HOMES = {
     "ExportOptions": "secateur.exports",
     "PruneConfig": "secateur.config",
-    "PlanReport": "secateur.report.plan_report",
+    "PlanReport": "secateur.planning.report",
     "QuantizeConfig": "secateur.quantize_config",
     "TrainConfig": "secateur.train_config",
     "evaluate": "secateur.api",
@@ -56,7 +56,7 @@ _HOMES = {
     "load_packed": "secateur.export.directory",
     "load_pruned": "secateur.api",
     "load_sparse": "secateur.models.sparse24",
-    "plan": "secateur.planning",
+    "plan": "secateur.planning.plan",
     "prune": "secateur.api",
     "quantize": "secateur.api",
     "train": "secateur.api",

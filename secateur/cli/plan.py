@@ -21,7 +21,7 @@ def command(model: str | None, recipe: Path | None, sets: tuple[str, ...], as_js
     machine for a few seconds, and estimates time, memory and disk.
     """
     from secateur.config import config_from_dict
-    from secateur.planning import plan
+    from secateur.planning.plan import plan
     from secateur.report.plan_page import plan_page
     from secateur.report.progress import on_stderr
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from secateur.pruning.footprint import COPIES
+from secateur.planning.footprint import COPIES
 
 SMALL = ["--samples", "4", "--seq-len", "32"]
 GB = 10**9

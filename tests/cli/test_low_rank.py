@@ -16,8 +16,8 @@ WEIGHTS = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64)
 
 @pytest.fixture(autouse=True)
 def short_probes(monkeypatch):
-    monkeypatch.setattr("secateur.pruning.rates.PATIENCE", 0.0)
-    monkeypatch.setattr("secateur.pruning.rates.DISK_BYTES", 1 << 20)
+    monkeypatch.setattr("secateur.planning.rates.PATIENCE", 0.0)
+    monkeypatch.setattr("secateur.planning.rates.DISK_BYTES", 1 << 20)
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ def test_the_report_counts_all_experts_and_says_what_was_left_alone(made, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_planned_is_what_was_pruned(made, run, name, text_file, monkeypatch):
-    monkeypatch.setattr("secateur.pruning.rates.PATIENCE", 0.0)
+    monkeypatch.setattr("secateur.planning.rates.PATIENCE", 0.0)
     dense, out, _ = made(name)
     flags = ["--method", "sparsellm", "--pattern", "2:4", "--data", text_file, *SMALL, "--json"]
     ran = run("plan", dense, *flags)

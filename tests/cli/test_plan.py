@@ -17,8 +17,8 @@ KEYS = "model recipe pattern linears skipped sparsity blocks stages seconds rate
 
 @pytest.fixture(autouse=True)
 def short_probes(monkeypatch):
-    monkeypatch.setattr("secateur.pruning.rates.PATIENCE", 0.0)
-    monkeypatch.setattr("secateur.pruning.rates.DISK_BYTES", 1 << 20)
+    monkeypatch.setattr("secateur.planning.rates.PATIENCE", 0.0)
+    monkeypatch.setattr("secateur.planning.rates.DISK_BYTES", 1 << 20)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_blocks_that_stay_on_disk_are_not_counted_as_memory(run, model_dir):
 def test_unpacking_a_gguf_file_is_counted(tiny_llama):
     """Measured: 3.30 GB for Gemma-3-270m, 1.40 more than what stays; its embedding takes 0.67 in float32."""
     from secateur.models.adapter import DecoderAdapter
-    from secateur.report.plan_report import Subject
+    from secateur.planning.report import Subject
 
     adapter = DecoderAdapter(tiny_llama)
     embedding = 4 * 128 * 32
@@ -175,8 +175,8 @@ def test_a_checkpoint_larger_than_the_memory(run, model_dir, tmp_path):
     assert end > 50e9
     write(big / "model.safetensors", header, size=end)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("secateur.pruning.rates.LARGEST", 1 << 18)  # probes of the real width would take a while
-        patch.setattr("secateur.pruning.rates.WIDEST", 512)
+        patch.setattr("secateur.planning.rates.LARGEST", 1 << 18)  # probes of the real width would take a while
+        patch.setattr("secateur.planning.rates.WIDEST", 512)
         flags = ["plan", big, "--pattern", "2:4", "--data", "embedded", *SMALL, "--json"]
         ran, lazy = run(*flags, "--offload", "off"), run(*flags)
     assert ran.code == 0, ran.err
@@ -231,7 +231,7 @@ def test_what_exports_refuse_is_seen(moe, run, model_dir):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from secateur.models.adapter import DecoderAdapter
-    from secateur.report.plan_report import held_by
+    from secateur.planning.report import held_by
     from secateur.report.runtimes import CONV1D, EXPERTS
 
     gpt = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=64))

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from secateur.core.solvers import ADMM, Magnitude, Solver, SparseGPT, Wanda
 from secateur.core.sparsellm import SparseLLM
-from secateur.pruning.cost import FLOAT32
-from secateur.pruning.shapes import BlockShape, Run, Shared
+from secateur.planning.cost import FLOAT32
+from secateur.planning.shapes import BlockShape, Run, Shared
 from secateur.pruning.work import PROBE_TOKENS
 
 COPIES = {"layerwise": 2, "paper": 3, "closed": 4}

@@ -22,8 +22,8 @@ from typing import Any
 
 from secateur.core.activations import ACTIVATIONS
 from secateur.core.solvers import ADMM, Magnitude, Solver, SparseGPT, Wanda
+from secateur.planning.shapes import BlockShape, Routed, Run, Shared
 from secateur.pruning.oneshot import ERROR_ROWS
-from secateur.pruning.shapes import BlockShape, Routed, Run, Shared
 from secateur.pruning.shortage import TOKENS_PER_INPUT
 from secateur.pruning.work import PROBE_TOKENS
 

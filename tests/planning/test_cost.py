@@ -11,15 +11,15 @@ from secateur.core.pattern import NM, Block, Unstructured
 from secateur.core.solvers import ADMM, Magnitude, SparseGPT, Wanda
 from secateur.core.sparsellm import SparseLLM
 from secateur.models.adapter import DecoderAdapter
+from secateur.planning.cost import Cost, admm, fit, forward, gram, measured_error, observe, sparsegpt
+from secateur.planning.cost_sparsellm import block_stages
+from secateur.planning.footprint import footprint
+from secateur.planning.rates import Probe, measure
+from secateur.planning.shapes import BlockShape, Routed, Run, Shared
 from secateur.pruning import layerwise, paper
-from secateur.pruning.cost import Cost, admm, fit, forward, gram, measured_error, observe, sparsegpt
-from secateur.pruning.cost_sparsellm import block_stages
-from secateur.pruning.footprint import footprint
 from secateur.pruning.hidden import Budget
 from secateur.pruning.oneshot import RunOptions, prune_blocks
-from secateur.pruning.rates import Probe, measure
 from secateur.pruning.selection import select
-from secateur.pruning.shapes import BlockShape, Routed, Run, Shared
 
 SMOLLM2 = BlockShape(
     (Shared(960, 576, 960),), Shared(576, 576, 576), Shared(3072, 576, 3072), Shared(576, 1536, 576)
@@ -215,7 +215,7 @@ def test_what_paper_mode_holds_of_all_experts_is_foreseen(family, iterations, mo
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4), Block(0.5, 3, 5)], ids=str)
 def test_rates_are_measured_for_every_pattern(pattern, monkeypatch):
-    monkeypatch.setattr("secateur.pruning.rates.PATIENCE", 0.0)
+    monkeypatch.setattr("secateur.planning.rates.PATIENCE", 0.0)
     shape = BlockShape((Shared(30, 20, 30),), Shared(15, 15, 15), Shared(60, 20, 60), Shared(15, 40, 15))
     rates = measure(Probe(shape, Run(2, 16, 1, False), pattern, "cpu", "float32", torch.float32, head=5))
     assert all(rate > 0 for rate in rates.to_dict().values())

@@ -19,12 +19,12 @@ from secateur.core.plan import Plan
 from secateur.core.sparsellm import SparseLLM
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.offload import is_offloaded, stays_on_disk
-from secateur.pruning.cost import FLOAT32, Cost, forward
-from secateur.pruning.cost_sparsellm import block_stages
-from secateur.pruning.footprint import footprint
-from secateur.pruning.rates import Rates
+from secateur.planning.cost import FLOAT32, Cost, forward
+from secateur.planning.cost_sparsellm import block_stages
+from secateur.planning.footprint import footprint
+from secateur.planning.rates import Rates
+from secateur.planning.shapes import BlockShape, Run
 from secateur.pruning.selection import Selection
-from secateur.pruning.shapes import BlockShape, Run
 from secateur.report.runtimes import (
     ALTERNATIVES,
     BRANCHES,
@@ -72,7 +72,7 @@ class PlanReport:
     """load, prune, keep (finished blocks and hidden states, on disk), save and total on an idle machine; busy: the
     total with the load that it has now."""
     rates: dict[str, float]
-    """Measured here and now, see ``pruning.rates.Rates``."""
+    """Measured here and now, see ``rates.Rates``."""
     memory: dict[str, dict[str, float]]
     """Bytes in host, device and disk, by purpose and at their peak."""
     result: dict[str, Any]

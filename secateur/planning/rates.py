@@ -21,8 +21,8 @@ from secateur.core.linalg import inverse_cholesky
 from secateur.core.moments import Gram
 from secateur.core.pattern import NM, Block, Pattern, Unstructured, keep_mask
 from secateur.core.solvers import SparseGPT
-from secateur.pruning.cost import FLOAT32, Cost, gram, linears_forward, product, sparsegpt
-from secateur.pruning.shapes import BlockShape, Run, Shared
+from secateur.planning.cost import FLOAT32, Cost, gram, linears_forward, product, sparsegpt
+from secateur.planning.shapes import BlockShape, Run, Shared
 from secateur.pruning.work import products
 
 BUDGET = 1e10

@@ -9,7 +9,7 @@ D = hidden size, K = inner size of the FFN, R = rows of the first matrices, C = 
 from secateur.core.refit import ITERATIONS as FIT_ITERATIONS
 from secateur.core.solvers import Solver
 from secateur.core.sparsellm import SparseLLM
-from secateur.pruning.cost import (
+from secateur.planning.cost import (
     FLOAT32,
     Cost,
     attention_part,
@@ -29,8 +29,8 @@ from secateur.pruning.cost import (
     sample,
     solve,
 )
+from secateur.planning.shapes import BlockShape, Routed, Run, Shared
 from secateur.pruning.experts import FIT_TOKENS_PER_INPUT
-from secateur.pruning.shapes import BlockShape, Routed, Run, Shared
 from secateur.pruning.work import PROBE_TOKENS
 
 

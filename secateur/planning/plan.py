@@ -4,8 +4,8 @@
     report.seconds["total"], report.memory["host"]["peak"], report.to_dict()
 
 No weight is read: the config and the headers of the files make a model of shapes (``models/skeleton``), the linears are
-selected as ``prune`` selects them, operations come from formulas (``pruning/cost``) and rates from probes of a few
-seconds (``pruning/rates``). What only numbers can tell is left to the run and said in ``notes``.
+selected as ``prune`` selects them, operations come from formulas (``cost``) and rates from probes of a few seconds
+(``rates``). What only numbers can tell is left to the run and said in ``notes``.
 """
 
 import os
@@ -25,11 +25,11 @@ from secateur.models.branches import attached, refuse_branches
 from secateur.models.load import Loaded
 from secateur.models.outline import Outline, outline
 from secateur.models.skeleton import skeleton
+from secateur.planning.rates import HEAD, Probe, measure
+from secateur.planning.report import PlanReport, Subject, report
+from secateur.planning.shapes import BlockShape, Routed, Run, Shared
 from secateur.pruning.low_rank import check_in_memory
-from secateur.pruning.rates import HEAD, Probe, measure
 from secateur.pruning.selection import Selection, linear_shapes
-from secateur.pruning.shapes import BlockShape, Routed, Run, Shared
-from secateur.report.plan_report import PlanReport, Subject, report
 from secateur.report.progress import Progress, Silent
 from secateur.runs import resolve_device, resolve_precision, select_to_prune, with_text_needed
 
