@@ -66,9 +66,6 @@ class Cost:
         """Floating-point operations of all kinds of products."""
         return self.linear + self.moment + self.product + self.exact + self.attention + self.factor
 
-    def to_dict(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
 
 # ------------------------------------------------------------------------------------------------------------- forwards
 

@@ -8,10 +8,7 @@ selected as ``prune`` selects them, operations come from formulas (``cost``) and
 (``rates``). What only numbers can tell is left to the run and said in ``notes``.
 """
 
-import os
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +18,11 @@ from secateur.config import PruneConfig
 from secateur.data.sources import KNOWN, parse_hub, read_texts
 from secateur.data.tokens import check_seq_len
 from secateur.models.adapter import DecoderAdapter
-from secateur.models.branches import attached, refuse_branches
-from secateur.models.load import Loaded
 from secateur.models.outline import Outline, outline
-from secateur.models.skeleton import skeleton
 from secateur.planning.rates import HEAD, Probe, measure
-from secateur.planning.report import PlanReport, Subject, report
+from secateur.planning.report import PlanReport, report
 from secateur.planning.shapes import BlockShape, Routed, Run, Shared
+from secateur.planning.subject import Subject, subject_of
 from secateur.pruning.low_rank import check_in_memory
 from secateur.pruning.selection import Selection, linear_shapes
 from secateur.report.progress import Progress, Silent
@@ -52,7 +47,7 @@ def plan(
         check_seq_len(config.seq_len, context)
         check_in_memory(config.low_rank, subject.on_disk(config.offload))
         selection = select_to_prune(subject.adapter, config)
-        shapes = block_shapes(subject.adapter, selection, config)
+        shapes = block_shapes(subject.adapter, selection)
     run = Run(config.samples, config.seq_len, config.batch, precision == "bfloat16" and subject.dtype == torch.float32)
     told.stage("measure this machine for a few seconds")
     rates = measure(probe_of(subject, config, shapes, run))
@@ -67,24 +62,10 @@ def check_data(data: str) -> None:
         read_texts(data, "calibration")
 
 
-@contextmanager
-def subject_of(model: "Source", config: PruneConfig) -> Iterator[Subject]:
-    """The model by its shapes, or as the object it is."""
-    if isinstance(model, str | os.PathLike):
-        bones = skeleton(os.fspath(model), config.dtype)
-        with bones.adapter() as adapter:
-            yield Subject(adapter, bones.source, bones.dtype, bones.file_bytes, bones.gguf)
-        return
-    refuse_branches(attached(model.model if isinstance(model, Loaded) else model), "this model")
-    source = model.source if isinstance(model, Loaded) else model.name_or_path or type(model).__name__
-    held = model.model if isinstance(model, Loaded) else model
-    yield Subject(DecoderAdapter(held), source, held.dtype, None, False)
-
-
 # --------------------------------------------------------------------------------------------------------------- shapes
 
 
-def block_shapes(adapter: DecoderAdapter, selection: Selection, config: PruneConfig) -> list[BlockShape]:
+def block_shapes(adapter: DecoderAdapter, selection: Selection) -> list[BlockShape]:
     """The matrices of every block by role; blocks with the same linears share one look."""
     known: dict[tuple[Any, ...], Outline] = {}
     shapes = []

@@ -7,45 +7,29 @@ but its sizes.
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
-import psutil
-import torch
 from transformers.pytorch_utils import Conv1D
 
 from secateur.config import PruneConfig
-from secateur.core.pattern import VALUE_BITS
-from secateur.core.plan import Plan
 from secateur.core.sparsellm import SparseLLM
 from secateur.models.adapter import DecoderAdapter
-from secateur.models.offload import is_offloaded, stays_on_disk
-from secateur.planning.cost import FLOAT32, Cost, forward
+from secateur.planning.cost import Cost, forward
 from secateur.planning.cost_sparsellm import block_stages
-from secateur.planning.footprint import footprint
 from secateur.planning.rates import Rates
 from secateur.planning.shapes import BlockShape, Run
+from secateur.planning.sizes import BRANCHED, memory, result
+from secateur.planning.subject import Subject
 from secateur.pruning.selection import Selection
-from secateur.report.runtimes import (
-    ALTERNATIVES,
-    BRANCHES,
-    CONV1D,
-    EXPERTS,
-    competitors,
-    runtimes_for,
-    smaller_lines,
-    warnings_for,
-)
+from secateur.report.runtimes import ALTERNATIVES, BRANCHES, CONV1D, EXPERTS, runtimes_for, smaller_lines, warnings_for
 from secateur.report.stored_page import MASKED
 
 GGUF_PARSE_BYTES = 8e6
 """Bytes of a GGUF file that are parsed a second: its vocabulary, in pure Python, and the dequantization."""
-GGUF_COPIES = 2
-"""Of a tensor in float32 while it is dequantized, besides the one that the model gets."""
 NOTES = (
     "roles of the linears are taken from shapes and order; the FFN's form is verified when pruning begins",
     "time without reading and tokenizing the text; rounds of closed mode may end early",
 )
-BRANCHED = "mask, 16 bit values, branches"
 FITS = "time without the singular values behind the branches: R x C of them for every linear"
 EVENLY = "experts are counted as if the router spread the tokens evenly"
 
@@ -85,61 +69,15 @@ class PlanReport:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Subject:
-    """The model as a plan sees it."""
-
-    adapter: DecoderAdapter
-    source: str
-    dtype: torch.dtype
-    file_bytes: int | None
-    gguf: bool
-
-    @property
-    def parameters(self) -> int:
-        return sum(p.numel() for p in self.adapter.model.parameters())
-
-    @property
-    def bytes(self) -> int:
-        return self.parameters * self.dtype.itemsize
-
-    @property
-    def unpacking(self) -> int:
-        """Bytes that reading a GGUF file takes besides the model: the file, and copies of its largest tensor."""
-        if not self.gguf:
-            return 0
-        largest = max(p.numel() for p in self.adapter.model.parameters())
-        return (self.file_bytes or 0) + GGUF_COPIES * largest * FLOAT32
-
-    def on_disk(self, offload: Literal["auto", "on", "off"]) -> bool:
-        """Whether the run leaves the blocks there; an object has them where they are."""
-        if self.file_bytes is None:
-            return is_offloaded(self.adapter.model)
-        return stays_on_disk(offload, self.file_bytes, gguf=self.gguf)
-
-    @property
-    def outside_blocks(self) -> int:
-        """Bytes of embeddings, last norm and head."""
-        inside = sum(p.numel() for block in self.adapter.blocks for p in block.parameters())
-        return (self.parameters - inside) * self.dtype.itemsize
-
-
 def report(
     subject: Subject, config: PruneConfig, selection: Selection, shapes: list[BlockShape], run: Run, rates: Rates
 ) -> PlanReport:
-    stages = stage_rows(shapes, config, run, rates)
-    held = memory(subject, config, selection.plan, shapes, run)
     chosen, pattern = selection.plan, config.target
-    model, taken = subject.adapter.model, result(subject, selection, config)
+    stages = stage_rows(shapes, config, run, rates)
+    held, taken = memory(subject, config, chosen, shapes, run), result(subject, chosen, config)
     others = {name: taken["bytes"][name] for name in ALTERNATIVES}
     return PlanReport(
-        model={
-            "source": subject.source,
-            "class": type(model).__name__,
-            "dtype": str(subject.dtype).removeprefix("torch."),
-            "parameters": subject.parameters,
-            "bytes": subject.bytes,
-        },
+        model=subject.to_dict(),
         recipe=config.to_dict(),
         pattern={"short": str(pattern), "words": config.words},
         linears=linear_rows(subject.adapter, selection),
@@ -220,67 +158,6 @@ def total_seconds(
     keep = (disk["finished blocks"] + len(subject.adapter.blocks) * disk["hidden states"] / 2) / rates.disk
     total = load + prune + keep + save
     return {"load": load, "prune": prune, "keep": keep, "save": save, "total": total, "busy": total * rates.slowdown}
-
-
-def memory(
-    subject: Subject, config: PruneConfig, plan: Plan, shapes: list[BlockShape], run: Run
-) -> dict[str, dict[str, float]]:
-    """Peaks of host, device and disk, where the result goes to a directory.
-
-    What this process holds now stands for interpreter and libraries of the run. A block is counted apart from the model
-    where it is elsewhere: on a device, or brought from disk. Until the result is complete the disk holds the finished
-    blocks, the hidden states twice while those of the next block replace them, and what finds no room in memory.
-    """
-    parts = max(
-        (
-            footprint(shape, config.method, run, subject.dtype.itemsize, config.low_rank)
-            for shape in shapes
-            if shape.planned
-        ),
-        key=lambda f: f.hidden + f.work,
-    )
-    lazy = subject.on_disk(config.offload)
-    host = {"interpreter": float(psutil.Process().memory_info().rss)}
-    host["outside the blocks" if lazy else "model"] = float(subject.outside_blocks if lazy else subject.bytes)
-    named = parts.to_dict()
-    waiting, state = named.pop("hidden"), named.pop("state")
-    kept = min(waiting, config.hidden_memory * 1e9)
-    near = {name: size for name, size in named.items() if name != "block" or lazy} if config.device == "cpu" else {}
-    host |= {"hidden": kept, **near}
-    device = {} if config.device == "cpu" else named
-    loading = sum(list(host.values())[:2]) + subject.unpacking
-    branches = branch_numbers(plan, config.low_rank) * subject.dtype.itemsize
-    disk = {
-        "model": float(subject.bytes + branches),
-        "finished blocks": float(plan.size * subject.dtype.itemsize + branches),
-        "hidden states": 2 * state,
-        "spilled": waiting - kept,
-    }
-    return {
-        "host": {**host, "peak": max(sum(host.values()), loading)},
-        "device": {**device, "peak": sum(device.values())},
-        "disk": {**disk, "peak": sum(disk.values())},
-    }
-
-
-def result(subject: Subject, selection: Selection, config: PruneConfig) -> dict[str, Any]:
-    """Sizes: as saved (zeros stored), as a mask and 16-bit values, and what dense formats would take."""
-    bits, weights = selection.plan.bits_per_weight, selection.plan.size
-    storages = {"saved, zeros stored": 8.0 * subject.dtype.itemsize, MASKED: bits, **ALTERNATIVES}
-    numbers = branch_numbers(selection.plan, config.low_rank)
-    if numbers:
-        storages[BRANCHED] = bits + VALUE_BITS * numbers / weights
-    rest = (subject.parameters - weights) * 2
-    sizes = {name: rest + weights * per / 8 for name, per in storages.items()} | competitors(rest, weights)
-    return {
-        "bits_per_weight": storages,
-        "bytes": sizes | {"saved, zeros stored": subject.bytes + numbers * subject.dtype.itemsize},
-    }
-
-
-def branch_numbers(plan: Plan, rank: int) -> int:
-    """In the factors of all branches."""
-    return sum(rank * sum(target.shape) for target in plan.values())
 
 
 def held_by(adapter: DecoderAdapter, rank: int) -> set[str]:

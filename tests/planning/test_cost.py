@@ -7,14 +7,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_flop_count
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from secateur.core.pattern import NM, Block, Unstructured
+from secateur.core.pattern import Unstructured
 from secateur.core.solvers import ADMM, Magnitude, SparseGPT, Wanda
 from secateur.core.sparsellm import SparseLLM
 from secateur.models.adapter import DecoderAdapter
 from secateur.planning.cost import Cost, admm, fit, forward, gram, measured_error, observe, sparsegpt
 from secateur.planning.cost_sparsellm import block_stages
 from secateur.planning.footprint import footprint
-from secateur.planning.rates import Probe, measure
 from secateur.planning.shapes import BlockShape, Routed, Run, Shared
 from secateur.pruning import layerwise, paper
 from secateur.pruning.hidden import Budget
@@ -211,12 +210,3 @@ def test_what_paper_mode_holds_of_all_experts_is_foreseen(family, iterations, mo
     largest = 4 * (shared[0].size + shared[1].size if shared[0] else 48 * 32 + 32 * 24)
     assert foreseen.moments == held["grams"]
     assert foreseen.copies == (held["dense"] + 2 * largest if iterations > 1 else 0)
-
-
-@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4), Block(0.5, 3, 5)], ids=str)
-def test_rates_are_measured_for_every_pattern(pattern, monkeypatch):
-    monkeypatch.setattr("secateur.planning.rates.PATIENCE", 0.0)
-    shape = BlockShape((Shared(30, 20, 30),), Shared(15, 15, 15), Shared(60, 20, 60), Shared(15, 40, 15))
-    rates = measure(Probe(shape, Run(2, 16, 1, False), pattern, "cpu", "float32", torch.float32, head=5))
-    assert all(rate > 0 for rate in rates.to_dict().values())
-    assert rates.seconds(Cost(linear=rates.linear, swept=2 * rates.swept)) == pytest.approx(3)
