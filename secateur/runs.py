@@ -6,7 +6,7 @@ beside it (``pruning.workdir``), and whoever kills the run loses at most one blo
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
@@ -215,10 +215,15 @@ class Run:
         return report | {"out": None, "room": None, "processes": self.ranks.size} | self.watch.spent()
 
 
-def checked(folder: Path, watch: Stopwatch, tensors: Mapping[str, torch.Tensor] | None = None) -> Inspection:
-    """What was saved, opened again; ArtefactError where it breaks a promise. ``tensors`` as ``inspect`` has them."""
+def checked(
+    folder: Path,
+    watch: Stopwatch,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+    check: Callable[[str, torch.Tensor], None] | None = None,
+) -> Inspection:
+    """What was saved, opened again; ArtefactError where it breaks a promise. The rest as ``inspect`` has it."""
     with watch.stage("inspect", "check what was saved"):
-        found = inspect(folder, tensors=tensors)
+        found = inspect(folder, tensors=tensors, check=check)
     if found.broken:
         raise ArtefactError(f"the saved model breaks {len(found.broken)} promises, the first: {found.broken[0]}")
     return found

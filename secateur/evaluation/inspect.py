@@ -21,7 +21,7 @@ baseline's, unless it was to be changed.
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -156,10 +156,12 @@ def inspect(
     directory: str | Path,
     baseline: str | Path | Mapping[str, Tensor] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
+    check: Callable[[str, Tensor], None] | None = None,
 ) -> Inspection:
     """Read every tensor and check it. ``baseline``: a directory, or a loaded model's ``state_dict()``.
 
-    ``tensors`` stand for the directory's own files where they are stored in another form.
+    ``tensors`` stand for the directory's own files where they are stored in another form. ``check`` sees each
+    of them too, and raises what it finds wrong.
     """
     directory = Path(directory)
     checkpoint = Checkpoint(directory) if tensors is None else tensors
@@ -171,6 +173,8 @@ def inspect(
         held[promise.tensor].append(promise)
     report = Inspection(str(directory), promised=promises is not None, tied=tied)
     for name, tensor in checkpoint.items():
+        if check is not None:
+            check(name, tensor)
         _look_at(name, tensor, held.get(name, []), report)
         if base is not None and name in changed:
             report.uncompared += name not in held

@@ -4,7 +4,9 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from secateur.core.pattern import NM, check_mask
 from secateur.evaluation.inspect import Checkpoint
 from secateur.export.container import read_header
 from secateur.export.directory import stored_sizes
+from secateur.quantization import compressed as form
 from secateur.quantization.accounting import storage_of
 from secateur.quantization.compressed import Dequantized
 from secateur.quantize_config import QuantizeConfig
@@ -305,6 +308,41 @@ def test_only_what_is_chosen(run, dense, text, tmp_path):
     assert "model.layers.0.mlp.down_proj.weight" in stored
     assert "model.layers.1.mlp.up_proj.weight" in stored
     logits(opened(tmp_path / "out"))
+
+
+def test_a_saved_weight_is_made_from_its_codes_once(run, sparse, text, tmp_path, monkeypatch):
+    made, read = Counter(), Dequantized.__getitem__
+
+    def counted(self, name):
+        made[name] += 1
+        return read(self, name)
+
+    monkeypatch.setattr(Dequantized, "__getitem__", counted)
+    assert run("quantize", sparse, "--method", "rtn", *text, "--out", tmp_path / "out").code == 0
+    assert {made[f"{name}.weight"] for name in linears(opened(sparse))} == {1}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda made: made["weight_packed"].bitwise_not_(), "zeros of model.layers.0.mlp.up_proj were lost"),
+        (lambda made: made["weight_scale"].mul_(2), "model.layers.0.mlp.up_proj does not come back from its codes"),
+    ],
+    ids=["codes", "scales"],
+)
+def test_codes_that_were_written_wrong(spoil, said, run, sparse, text, tmp_path, monkeypatch):
+    def spoilt(*args):
+        made = compressed(*args)
+        if next(codes) == 5:  # the mlp's second, behind the attention's four
+            spoil(made)
+        return made
+
+    compressed, codes = form._compressed, count()
+    monkeypatch.setattr(form, "_compressed", spoilt)
+    ran = run("quantize", sparse, "--method", "rtn", *text, "--out", tmp_path / "out")
+    assert ran.code == 1
+    assert said in ran.error
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(run, sparse, text, tmp_path, monkeypatch, files):
