@@ -64,8 +64,11 @@ def is_openvino(directory: Path) -> bool:
     return (directory / MODEL).is_file()
 
 
-def read_runtime(directory: Path) -> dict[str, Any]:
-    """What ``compile_model`` is to be given. ArtefactError where it is missing, damaged or from a later version."""
+def read_runtime(directory: Path, checked: bool = False) -> dict[str, Any]:
+    """What ``compile_model`` is to be given. ArtefactError where it is missing, damaged or from a later version.
+
+    ``checked``: the files were just compared with their checksums, and are not read for it again.
+    """
     path = directory / RUNTIME
     if not path.is_file() or not is_openvino(directory):
         raise ArtefactError(f"{directory} lacks {MODEL} or {RUNTIME}; give what `secateur export --to openvino` wrote")
@@ -77,7 +80,7 @@ def read_runtime(directory: Path) -> dict[str, Any]:
     if version != VERSION:
         update = f"this secateur reads {VERSION}; update secateur, or {AGAIN}"
         raise ArtefactError(f"{path} is of version {version}, {update}")
-    for name in (MODEL, WEIGHTS):
+    for name in () if checked else (MODEL, WEIGHTS):
         if not (directory / name).is_file() or crc32_of(directory / name) != sums.get(name):
             raise ArtefactError(
                 f"{directory / name} is damaged: its checksum is not that of {RUNTIME}; copy or {AGAIN}"
@@ -106,9 +109,14 @@ class OpenVINOModel:
     dtype: ClassVar[torch.dtype] = torch.int8
 
     @classmethod
-    def open(cls, directory: Path, *, threads: int | None = None, last_only: bool = False) -> "OpenVINOModel":
-        """Compile for the CPU. ``last_only``: logits of the last token alone, as who generates wants them."""
-        ov, properties = openvino(), dict(read_runtime(directory))
+    def open(
+        cls, directory: Path, *, threads: int | None = None, last_only: bool = False, checked: bool = False
+    ) -> "OpenVINOModel":
+        """Compile for the CPU. ``last_only``: logits of the last token alone, as who generates wants them.
+
+        ``checked`` as ``read_runtime`` has it.
+        """
+        ov, properties = openvino(), read_runtime(directory, checked)
         if threads is not None:
             properties["INFERENCE_NUM_THREADS"] = threads
         try:

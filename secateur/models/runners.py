@@ -104,7 +104,8 @@ def _transformers(opened: Opened) -> Runner:
 
 
 def _openvino(opened: Opened) -> Runner:
-    return OpenVINORunner(OpenVINOModel.open(Path(opened.source), threads=opened.threads, last_only=True))
+    model = OpenVINOModel.open(Path(opened.source), threads=opened.threads, last_only=True, checked=True)
+    return OpenVINORunner(model)
 
 
 def _two_of_four(opened: Opened) -> Runner:
@@ -131,6 +132,7 @@ class Runtime(NamedTuple):
     """One way to open what lies in a directory."""
 
     open: Callable[[Opened], Runner]
+    """Takes what ``check`` let pass."""
     check: Callable[[str, str], object]
     """Refuses, before any process starts, what cannot be run here; takes a source and a device."""
     imports: Callable[[], object]

@@ -17,13 +17,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from secateur import ExportOptions, export_to, exports
 from secateur.data.tokens import tokenize
 from secateur.errors import ArtefactError, DeviceError, ModelError, UsageError
+from secateur.evaluation import bench
 from secateur.evaluation.bench_worker import measure, open_runner
 from secateur.export import int8
 from secateur.export.int8 import Int8Linear, Int8Record, calibrate, row_codes, to_int8
 from secateur.export.openvino import OpenVINOOptions, sparse_properties
 from secateur.exports import _texts
+from secateur.models import openvino as runtime
 from secateur.models.openvino import PRECISE, RUNTIME, SPARSE_RATE, OpenVINOModel, crc32_of, lacks_amx
-from secateur.models.runners import Opened
+from secateur.models.runners import RUNTIMES, Opened
 
 pytest.importorskip("openvino", reason="openvino is not installed: pip install -e '.[openvino]'")
 
@@ -328,6 +330,19 @@ def no_json(out: Path) -> None:
 
 def gone(out: Path) -> None:
     (out / RUNTIME).unlink()
+
+
+def test_bench_checks_a_directory_once_and_before_a_process_starts(exported, tmp_path, monkeypatch):
+    summed = []
+    monkeypatch.setattr(runtime, "crc32_of", lambda path: summed.append(path.name) or crc32_of(path))
+    monkeypatch.setattr(bench, "_worker", lambda threads: pytest.fail("a process was started"))
+    shutil.copytree(exported[0], tmp_path / "out")
+    RUNTIMES["openvino"].check(str(tmp_path / "out"), "cpu")
+    open_runner("openvino", Opened(str(tmp_path / "out"), 1, "auto", "cpu", 1), 24)
+    assert summed == ["openvino_model.xml", "openvino_model.bin"]
+    flipped(tmp_path / "out")
+    with pytest.raises(ArtefactError, match="is damaged: its checksum"):
+        bench.bench(str(exported[0]), str(tmp_path / "out"), bench.BenchOptions(), print)
 
 
 @pytest.mark.parametrize(
