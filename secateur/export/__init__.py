@@ -1,6 +1,5 @@
 """What a pruned directory can be turned into, and back.
 
-container          safetensors files by hand: headers read, checked and written, bytes streamed
 coding             a tensor's bytes as zstd frames of bounded size
 sparse_safetensors the packed file: written, read back, checked
 directory          a whole directory packed and unpacked, all of it or nothing; its tensors without unpacking

@@ -13,7 +13,7 @@ import zstandard
 from torch import Tensor
 
 from secateur.core.packing import from_planes, join, kept_elements, mask_bytes, planes, split
-from secateur.export.container import BITS
+from secateur.models.container import BITS
 
 CHUNK = 1 << 20
 """Bytes of a tensor in one frame: what a core's cache holds while it is coded."""

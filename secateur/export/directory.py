@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from secateur.errors import ArtefactError, UsageError
-from secateur.export.container import parse_json, read_header
 from secateur.export.sizes import Sizes, sizes_of
 from secateur.export.sparse_safetensors import Done, PackedFile, pack_file, unpack_file
 from secateur.models.branches import FOLDER
+from secateur.models.container import parse_json, read_header
 from secateur.models.headers import DENSE, SPARSE, Size, weight_files
 from secateur.models.openvino import is_openvino
 from secateur.models.save import clear_leftovers, place_of, refuse_nested, staged

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from secateur.errors import ArtefactError
 from secateur.export.coding import CHUNK, MASK, PLANES, choose, decode, encode, raw, width_of
-from secateur.export.container import (
+from secateur.models.container import (
     AGAIN,
     Entry,
     Header,

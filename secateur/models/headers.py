@@ -1,7 +1,6 @@
 """What the files of a checkpoint say about themselves: the headers of its shards, read without the weights.
 
-A header is eight bytes of length and then JSON. They are read by hand: the library maps the whole file, which a full
-machine refuses. Everything that can be seen to be wrong here is refused here, before a weight is read.
+Everything that can be seen to be wrong here is refused here, before a weight is read.
 """
 
 import json
@@ -11,14 +10,12 @@ from typing import NamedTuple
 import torch
 
 from secateur.errors import ArtefactError, ModelError
+from secateur.models.container import AGAIN, read_header
 
 DENSE = ".safetensors"
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 SPARSE = ".sparse.safetensors"
 """How packed files end, see ``secateur.export``: the names of weights that must be unpacked first."""
-LONGEST_HEADER = 100_000_000
-"""Bytes; safetensors allows no more."""
-AGAIN = "copy or download it again"
 STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Types of safetensors in which weights may be stored."""
 
@@ -95,16 +92,7 @@ def _places(index: Path) -> dict[str, str]:
 
 
 def _header(path: Path) -> Headers:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(size - 8, LONGEST_HEADER):
-            raise ModelError(
-                f"{path} is no safetensors file, its header would have {length} bytes; copy or download it again"
-            )
-        entries = json.loads(file.read(length))
-    entries.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    if 8 + length + end != size:
-        raise ModelError(f"{path} has {size} bytes and {8 + length + end} by its header; copy or download it again")
-    return {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in entries.items()}
+    try:
+        return {name: (entry.shape, entry.dtype) for name, entry in read_header(path).tensors.items()}
+    except ArtefactError as error:
+        raise ModelError(str(error)) from error

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from secateur.core.pattern import NM, check_mask
 from secateur.evaluation.inspect import Checkpoint
-from secateur.export.container import read_header
 from secateur.export.directory import stored_sizes
+from secateur.models.container import read_header
 from secateur.quantization import compressed as form
 from secateur.quantization.accounting import storage_of
 from secateur.quantization.compressed import Dequantized

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from secateur.export.container import read_header
+from secateur.models.container import read_header
 from secateur.models.sparse24 import dense_state
 from secateur.models.sparse24_loader import INT8, Codes, Int8Linear, build, read_state, swap
 

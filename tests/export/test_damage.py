@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from secateur.errors import ArtefactError
 from secateur.export.coding import CHUNK, MASK, PLANES, encode
-from secateur.export.container import Entry, header_text, read_header
 from secateur.export.sparse_safetensors import LARGEST_CHUNK, pack_file, unpack_file
+from secateur.models.container import Entry, header_text, read_header
 
 
 def nobody(_: int) -> None:
@@ -268,7 +268,7 @@ def test_the_forger_forges_well(tmp_path):
         (b'{"W":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"V":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
          "V begins at 0, wanted 1"),
         (b'{"W":{"dtype":"U8","shape":[1],"data_offsets":[1,0]}}', "in -1 bytes"),
-        (b'{"W":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}', "bytes, and"),
+        (b'{"W":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}', "bytes and"),
         (b'{"__metadata__":{"a":1}}', "metadata are not words"),
         (b'{"__metadata__":null}', "not a safetensors header"),
         (b"\xff\xfe", "not a safetensors header"),

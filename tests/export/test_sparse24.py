@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from secateur import export_to, load_sparse
 from secateur.core.pattern import NM, Unstructured, keep_mask, pattern_to_dict
 from secateur.errors import ArtefactError, DeviceError, UsageError
-from secateur.export.container import read_header
 from secateur.models import sparse24_loader
+from secateur.models.container import read_header
 from secateur.models.sparse24 import dense_state
 from secateur.models.sparse24_loader import swap
 

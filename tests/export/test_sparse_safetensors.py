@@ -10,9 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from secateur.export.coding import CHUNK, MASK, PLANES, choose, decode, encode
-from secateur.export.container import read_header
 from secateur.export.directory import TORCH
 from secateur.export.sparse_safetensors import PackedFile, pack_file, unpack_file
+from secateur.models.container import read_header
 
 
 def nobody(_: int) -> None:

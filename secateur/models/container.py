@@ -1,8 +1,8 @@
 """Safetensors files read and written by hand: eight bytes of length, a JSON header, then the bytes of the tensors.
 
-The library wants all tensors at once to write a file and hides the text of the header; here a file is written tensor by
-tensor, and a header can be kept word by word. Nothing in a header is believed: it must describe the file to the byte,
-without gaps, overlaps or names that come twice.
+The library wants all tensors at once to write a file, maps all of it to read a header, which a full machine refuses,
+and hides the header's text; here a file is written tensor by tensor, and a header can be kept word by word. Nothing in
+a header is believed: it must describe the file to the byte, without gaps, overlaps or names that come twice.
 """
 
 import json
@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from secateur.errors import ArtefactError
-from secateur.models.headers import AGAIN, LONGEST_HEADER
 
+AGAIN = "copy or download it again"
+LONGEST_HEADER = 100_000_000
+"""Bytes; safetensors allows no more."""
 BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "C64": 64,
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -72,10 +74,10 @@ def read_header(path: Path) -> Header:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(size - 8, LONGEST_HEADER):
-            raise ArtefactError(f"{path}: no safetensors file, its header would have {length} bytes; {AGAIN}")
+            raise ArtefactError(f"{path} is no safetensors file, its header would have {length} bytes; {AGAIN}")
         header = parse_header(file.read(length), str(path))
     if header.file_bytes != size:
-        raise ArtefactError(f"{path}: {size} bytes, and {header.file_bytes} by its header; {AGAIN}")
+        raise ArtefactError(f"{path} has {size} bytes and {header.file_bytes} by its header; {AGAIN}")
     return header
 
 
