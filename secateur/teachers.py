@@ -171,7 +171,7 @@ def cache_teacher(
     run = {"cache": vars(facts), "tokens": tokens, "versions": versions()}
     kept = len(list(folder.glob("*.safetensors")))
     with locked(folder), watch.stage("ask", f"ask {loaded.source} about {windows.numel():,} tokens"):
-        admit(folder, run, resume=resume, kept=lambda: f"{kept} files" if kept else "")
+        admit(folder, run, resume=resume, kept=lambda: kept, of="files")
         autocast = torch.bfloat16 if precision == "bfloat16" else None
         torch.nn.Module.to(loaded.model, where)
         for done in build(loaded.model, windows, facts, folder, autocast):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from secateur.errors import UsageError
+from secateur.errors import ArtefactError, UsageError
 from secateur.models.save import flush
 
 UNFINISHED = ".unfinished"
@@ -43,8 +44,8 @@ def locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def admit(path: Path, run: Mapping[str, Any], *, resume: bool, kept: Callable[[], str]) -> None:
-    """Note in a directory which run works in it. ``kept``: what an earlier one of this command left, "" for nothing.
+def admit(path: Path, run: Mapping[str, Any], *, resume: bool, kept: Callable[[], int], of: str) -> None:
+    """Note in a directory which run works in it. ``kept``: how many ``of`` these an earlier one of this command left.
 
     UsageError where something is left and ``resume`` was not asked for, and where it is a run of something else: the
     keys that differ are named, or that it is another command, whose state nobody here can read.
@@ -55,11 +56,65 @@ def admit(path: Path, run: Mapping[str, Any], *, resume: bool, kept: Callable[[]
         if then.keys() != run.keys():
             refuse_other(path, then, run)  # before its state is read, which nobody here can
         if (left := kept()) and not resume:
-            raise UsageError(f"{path} holds an unfinished run of {left}; go on with --resume, or delete it first")
+            raise UsageError(f"{path} holds an unfinished run of {left} {of}; go on with --resume, or delete it first")
         if left:
             refuse_other(path, then, run)
     text = json.dumps(run, indent=2, sort_keys=True) + "\n"
     durable(path / RUN, lambda new: new.write_text(text, encoding="utf-8"))
+
+
+@contextmanager
+def at_work(
+    path: Path,
+    run: Mapping[str, Any],
+    *,
+    resume: bool,
+    kept: Callable[[], int],
+    of: str,
+    first: bool,
+    wait: Callable[[], object],
+) -> Iterator[None]:
+    """In a run's directory, locked and admitted. A failure inside leaves it, unless nothing was ``kept``.
+
+    Of several processes the first locks and removes it; the others ``wait`` until it is admitted and until it is done.
+    """
+    if not first:
+        wait()
+        yield
+        wait()
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    with locked(path):
+        admit(path, run, resume=resume, kept=kept, of=of)
+        wait()
+        try:
+            yield
+            wait()
+        except BaseException as error:
+            if left := kept():
+                error.add_note(f"{path} keeps {left} {of}: go on with --resume, or delete it")
+            else:
+                shutil.rmtree(path)
+            raise
+        shutil.rmtree(path)
+
+
+def write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """How far the run in a directory is."""
+    durable(path / STATE, lambda new: new.write_text(json.dumps(state), encoding="utf-8"))
+
+
+def read_state(path: Path, nothing: dict[str, Any]) -> dict[str, Any]:
+    """How far it is; ``nothing`` where no state was ever written."""
+    file = path / STATE
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else nothing
+    except ValueError as error:
+        raise unreadable(file, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> ArtefactError:
+    return ArtefactError(f"{path} of an unfinished run is not readable ({error}); delete the directory")
 
 
 def unfinished_of(out: Path) -> Path:

@@ -26,10 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.core.plan import Plan
-from secateur.errors import ArtefactError
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.branches import attach, attached, branches_of, tensors_of
-from secateur.models.durable import STATE, admit, durable, locked, unfinished_of
+from secateur.models.durable import at_work, durable, read_state, unfinished_of, unreadable, write_state
 from secateur.models.grids import grid_tensors, is_grid, restore_grids
 from secateur.models.offload import is_offloaded, relocate
 from secateur.pruning.hidden import Budget, Hidden
@@ -68,9 +67,9 @@ class Workdir:
         parts = 0
         for parts, rows in enumerate(_parts(finished.hidden), 1):
             self._write(_hidden_file(number, self.ranks.rank, parts - 1), rows, {})
-        state = json.dumps({"next": number, "parts": self.ranks.each(parts)})  # all have written
+        state = {"next": number, "parts": self.ranks.each(parts)}  # all have written
         if self.ranks.first:
-            durable(self.path / STATE, lambda path: path.write_text(state, encoding="utf-8"))
+            write_state(self.path, state)
         self.ranks.each(number)  # the state is there
         self._relocate(adapter, record.index, weights)
         for old in (self.path / "hidden").glob(f"?????-{self.ranks.rank:03d}-*"):
@@ -108,11 +107,7 @@ class Workdir:
         return Budget(limit, folder)
 
     def _state(self) -> dict[str, Any]:
-        path = self.path / STATE
-        try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"next": 0, "parts": []}
-        except ValueError as error:
-            raise _unreadable(path, error) from error
+        return read_state(self.path, {"next": 0, "parts": []})
 
     def _relocate(self, adapter: DecoderAdapter, index: int, names: Iterable[str]) -> bool:
         """Have a model that lies on disk read this block's new weights from here; False for a model in memory."""
@@ -122,11 +117,8 @@ class Workdir:
         relocate(adapter.model, self.path / _block_file(index), {f"{block}.{name}": name for name in names})
         return True
 
-    def remove(self) -> None:
-        """The run is complete, or has nothing to keep."""
-        shutil.rmtree(self.path)
-
     def _write(self, name: str, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+        (self.path / name).parent.mkdir(exist_ok=True)
         durable(self.path / name, lambda path: save_file(tensors, path, header))
 
     def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -135,40 +127,27 @@ class Workdir:
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise _unreadable(path, error) from error
+            raise unreadable(path, error) from error
 
 
 @contextmanager
 def opened(out: Path, run: Mapping[str, Any], *, resume: bool, ranks: Ranks = ALONE) -> Iterator[Workdir]:
-    """The run's directory beside `out`, locked. A failure inside leaves it, unless no block was finished.
-
-    Of several processes the first locks and removes it, the others wait until it is admitted and until it is done.
+    """The run's directory beside `out`, as ``models.durable.at_work`` has it: kept once a block is finished.
 
     `run` is what decides the bytes. UsageError where an unfinished run is there and `resume` was not asked for, where
     it is a run of something else (the keys that differ are named), or where another process is at work on it.
     """
     work = Workdir(unfinished_of(out), ranks)
-    if not ranks.first:
-        ranks.each(0)
+    with at_work(
+        work.path,
+        run,
+        resume=resume,
+        kept=lambda: work.kept,
+        of="finished blocks",
+        first=ranks.first,
+        wait=lambda: ranks.each(0),
+    ):
         yield work
-        ranks.each(0)
-        return
-    work.path.mkdir(parents=True, exist_ok=True)
-    with locked(work.path):
-        admit(work.path, run, resume=resume, kept=lambda: f"{work.kept} blocks" if work.kept else "")
-        for folder in ("blocks", "hidden"):
-            (work.path / folder).mkdir(exist_ok=True)
-        ranks.each(0)
-        try:
-            yield work
-            ranks.each(0)
-        except BaseException as error:
-            if work.kept:
-                error.add_note(f"{work.path} keeps {work.kept} finished blocks: go on with --resume, or delete it")
-            else:
-                work.remove()
-            raise
-        work.remove()
 
 
 def _block_file(index: int) -> str:
@@ -190,7 +169,3 @@ def _parts(hidden: Hidden) -> Iterator[dict[str, Tensor]]:
         group[f"{index:06d}"] = rows.contiguous()
         size += rows.numel() * rows.element_size()
     yield group
-
-
-def _unreadable(path: Path, error: Exception) -> ArtefactError:
-    return ArtefactError(f"{path} of an unfinished run is not readable ({error}); delete the directory")

@@ -13,7 +13,6 @@ bytes. Masks are kept, not chosen again. Disk: 13 bytes for each sparse weight, 
 """
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -25,8 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from secateur.errors import ArtefactError
-from secateur.models.durable import STATE, admit, durable, locked, unfinished_of
+from secateur.models.durable import at_work, durable, read_state, unfinished_of, unreadable, write_state
 from secateur.training import shards
 from secateur.training.loop import Loop, StepRecord
 from secateur.training.named_state import deal_state, gather_state
@@ -56,8 +54,7 @@ class Checkpoints:
         durable(file, lambda new: save_file(tensors, new, {"numbers": json.dumps(numbers)}))
         lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
         durable(self.path / RECORDS, lambda new: new.write_text(lines, encoding="utf-8"))
-        state = json.dumps({"step": loop.step, "records": len(records), "noted": noted})
-        durable(self.path / STATE, lambda new: new.write_text(state, encoding="utf-8"))
+        write_state(self.path, {"step": loop.step, "records": len(records), "noted": noted})
         for old in self.path.glob("state-*.safetensors"):
             if old != file:
                 old.unlink()
@@ -82,21 +79,13 @@ class Checkpoints:
                 numbers = json.loads(opened_file.metadata()["numbers"])
             return tensors, numbers, read_steps(self.path / RECORDS)[: state["records"]]
         except (SafetensorError, OSError, ValueError, TypeError) as error:
-            raise _unreadable(file, error) from error
-
-    def remove(self) -> None:
-        """The run is complete, or has nothing to keep."""
-        shutil.rmtree(self.path)
+            raise unreadable(file, error) from error
 
     def _file(self, step: int) -> Path:
         return self.path / f"state-{step:08d}.safetensors"
 
     def _state(self) -> dict[str, Any]:
-        path = self.path / STATE
-        try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"step": 0}
-        except ValueError as error:
-            raise _unreadable(path, error) from error
+        return read_state(self.path, {"step": 0})
 
 
 def read_steps(path: Path) -> list[StepRecord]:
@@ -129,33 +118,12 @@ def restore_loop(loop: Loop, tensors: Mapping[str, Tensor], numbers: Mapping[str
 
 @contextmanager
 def opened(out: Path, run: Mapping[str, Any], *, resume: bool) -> Iterator[Checkpoints]:
-    """The run's directory beside ``out``, locked. A failure inside leaves it, unless there is no state in it.
-
-    Of several processes the first locks, writes and removes; the others wait until it is admitted and until it is done.
+    """The run's directory beside ``out``, as ``models.durable.at_work`` has it: kept once there is a state in it.
 
     ``run`` is what decides the bytes; UsageError as ``models.durable.admit`` and ``locked`` say.
     """
     work = Checkpoints(unfinished_of(out))
-    if not shards.is_first():
-        shards.wait()
+    with at_work(
+        work.path, run, resume=resume, kept=lambda: work.kept, of="steps", first=shards.is_first(), wait=shards.wait
+    ):
         yield work
-        shards.wait()
-        return
-    work.path.mkdir(parents=True, exist_ok=True)
-    with locked(work.path):
-        admit(work.path, run, resume=resume, kept=lambda: f"{work.kept} steps" if work.kept else "")
-        shards.wait()
-        try:
-            yield work
-            shards.wait()
-        except BaseException as error:
-            if work.kept:
-                error.add_note(f"{work.path} keeps {work.kept} steps: go on with --resume, or delete it")
-            else:
-                work.remove()
-            raise
-        work.remove()
-
-
-def _unreadable(path: Path, error: Exception) -> ArtefactError:
-    return ArtefactError(f"{path} of an unfinished run is not readable ({error}); delete the directory")
