@@ -43,8 +43,8 @@ def _prune(out: Path, resume: bool, as_json: bool) -> None:
     from secateur.config import PruneConfig
     from secateur.models.load import load
     from secateur.report.comparison import compare
+    from secateur.report.demo_page import demo_tables
     from secateur.report.progress import on_stderr
-    from secateur.report.tables import demo_tables
 
     start = time.monotonic()
     config = PruneConfig(sparsity=SPARSITY, data="embedded", samples=SAMPLES, seq_len=SEQ_LEN)

@@ -42,8 +42,8 @@ def command(
     MODEL is a hub id, a Hugging Face directory, a .gguf file, or `demo`. Tasks need the extra `eval`.
     """
     from secateur.api import measure
+    from secateur.report.eval_page import eval_tables, task_table
     from secateur.report.progress import on_stderr
-    from secateur.report.tables import eval_tables, task_table
 
     texts, asked = _names(data), _names(tasks)
     if not texts and not asked:

@@ -29,9 +29,9 @@ def command(directory: Path, baseline: str | None, as_json: bool) -> int:
     from secateur.quantization.accounting import storage_of
     from secateur.quantization.compressed import Dequantized, is_quantized
     from secateur.report.export_page import packed_lines
+    from secateur.report.inspect_page import inspect_tables
     from secateur.report.quantize_page import quantized_lines
     from secateur.report.stored_page import room_lines, room_of
-    from secateur.report.tables import inspect_tables
 
     openers = {"dense": Checkpoint, "sparse-safetensors": load_packed, "torch-2:4": dense_state}
     form, reference = form_of(directory), None
