@@ -22,7 +22,7 @@ from secateur.core.grid import Scheme, fit_grid, to_codes
 from secateur.core.int8 import LEVELS, Extremes, input_step
 from secateur.errors import ModelError
 from secateur.models.adapter import DecoderAdapter
-from secateur.models.branches import matrix
+from secateur.models.linears import matrix
 
 PER_ROW = Scheme(8)
 PACKED_SIDE = 64

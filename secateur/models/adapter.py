@@ -5,7 +5,7 @@ is called with (mask, rotary embedding, positions; they differ from block to blo
 letting the model run with its blocks replaced by a pass-through, so that it costs the embedding and not the network.
 Whether a replay really equals the model's own forward is for ``verify`` to say, in numbers, before anything is pruned.
 
-Weights are read and written as (out, in), whatever the module: Conv1D of transformers stores the transpose.
+Weights are read and written as (out, in), whatever the module (``models.linears``).
 
     adapter = DecoderAdapter(model)
     call = adapter.calls(batch=1, seq_len=2048)
@@ -25,7 +25,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import ModelError
 from secateur.models.blocks import (
@@ -37,6 +36,7 @@ from secateur.models.blocks import (
     refuse_uncovered,
 )
 from secateur.models.experts import ExpertLinear, Experts, Linear, find_experts, known_parameters, with_experts
+from secateur.models.linears import matrix
 
 TOLERANCE = 1e-4
 """Largest difference between replay and forward, relative to the largest hidden activation."""
@@ -176,19 +176,16 @@ class DecoderAdapter:
 
     def shape(self, linear: Linear) -> tuple[int, int]:
         """(out_features, in_features)."""
-        R, C = linear.weight.shape
-        return (C, R) if isinstance(linear, Conv1D) else (R, C)
+        R, C = matrix(linear).shape
+        return R, C
 
     def read(self, linear: Linear) -> Float[Tensor, "R C"]:
         """A float32 copy of the weight as (out, in)."""
-        weight = linear.weight.detach()
-        weight = weight.T if isinstance(linear, Conv1D) else weight
-        return weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        return matrix(linear).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
     def write(self, linear: Linear, W: Float[Tensor, "R C"]) -> None:
         """Put (out, in) weights back in the linear's own dtype and place; every zero becomes +0.0."""
-        target = linear.weight.detach()
-        target = target.T if isinstance(linear, Conv1D) else target
+        target = matrix(linear)
         if W.shape != target.shape:
             raise ValueError(f"weight of shape {tuple(W.shape)} for a linear of shape {tuple(target.shape)} (out, in)")
         target.copy_(W.to(target.dtype) + 0.0)  # -0.0 + 0.0 = +0.0, after the cast: small values may underflow to -0.0

@@ -27,10 +27,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from secateur.core.low_rank import Branch
 from secateur.errors import ArtefactError, ModelError, UsageError
+from secateur.models.linears import PlainLinear, matrix
 
 FOLDER = "low_rank"
 """Inside a saved directory."""
@@ -105,13 +105,13 @@ def refuse_branches(found: Mapping[str, Branch], source: str) -> None:
         )
 
 
-def carrier(model: nn.Module, name: str) -> nn.Linear:
+def carrier(model: nn.Module, name: str) -> PlainLinear:
     """The linear of that name, if a branch can stand beside it; raises as ``attach``."""
     try:
         linear = model.get_submodule(name)
     except AttributeError:
         raise UsageError(f"a branch for {name}, which is no module of this model; name one of its linears") from None
-    if not isinstance(linear, nn.Linear | Conv1D):
+    if not isinstance(linear, PlainLinear):
         raise ModelError(
             f"{name} is a {type(linear).__name__}; a low-rank branch stands beside an nn.Linear or a Conv1D, fused "
             "experts carry none"
@@ -121,13 +121,7 @@ def carrier(model: nn.Module, name: str) -> nn.Linear:
         raise ModelError(f"{name} holds no plain weights in memory; load the model as a whole, in 16 or 32 bit")
     if HOOK in vars(linear):
         raise UsageError(f"{name} has a low-rank branch already; detach it first")
-    return linear  # pyright: ignore[reportReturnType]  (or a Conv1D, which has the same weight)
-
-
-def matrix(linear: nn.Module) -> Tensor:
-    """The weight as (out, in), a view: Conv1D stores the transpose."""
-    weight = linear.get_parameter("weight").detach()
-    return weight.T if isinstance(linear, Conv1D) else weight
+    return linear
 
 
 def _add(linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

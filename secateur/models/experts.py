@@ -28,10 +28,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from secateur.core.activations import Elementwise
 from secateur.errors import ModelError
+from secateur.models.linears import PlainLinear
 
 
 class Fused(NamedTuple):
@@ -73,7 +73,7 @@ class ExpertLinear(nn.Module):
         return F.linear(X, self.weight)
 
 
-Linear = nn.Linear | Conv1D | ExpertLinear
+Linear = PlainLinear | ExpertLinear
 """Whatever holds a prunable matrix."""
 
 
@@ -210,7 +210,7 @@ def _listed_linears(name: str, module: nn.Module) -> tuple[dict[str, Linear], ..
     if not isinstance(module, nn.ModuleList) or len(module) < 2 or len({type(member) for member in module}) > 1:
         return ()
     members: tuple[dict[str, Linear], ...] = tuple(
-        {f"{name}.{e}.{n}": m for n, m in member.named_modules() if n and isinstance(m, nn.Linear | Conv1D)}
+        {f"{name}.{e}.{n}": m for n, m in member.named_modules() if n and isinstance(m, PlainLinear)}
         for e, member in enumerate(module)
     )
     return members if all(members) else ()

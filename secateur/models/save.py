@@ -16,10 +16,10 @@ from uuid import uuid4
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import UsageError
 from secateur.models.branches import FOLDER, save_branches, set_aside
+from secateur.models.linears import stored_transposed
 from secateur.models.offload import is_offloaded
 from secateur.models.quiet import quiet
 
@@ -47,8 +47,8 @@ def save(
             model.save_pretrained(out, state_dict=state, max_shard_size=SHARD if is_offloaded(model) else WHOLE)
             tokenizer.save_pretrained(out)
             if branches:
-                stored_transposed = isinstance(model.get_submodule(next(iter(branches))), Conv1D)
-                save_branches(branches, out / FOLDER, transposed=stored_transposed)
+                first = model.get_submodule(next(iter(branches)))
+                save_branches(branches, out / FOLDER, transposed=stored_transposed(first))
     finally:
         model.config.use_cache = use_cache
 

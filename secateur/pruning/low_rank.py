@@ -33,8 +33,9 @@ from secateur.core.moments import CrossMoments, Gram, Totals
 from secateur.core.plan import Plan
 from secateur.errors import UsageError
 from secateur.models.adapter import DecoderAdapter
-from secateur.models.branches import attach, matrix
+from secateur.models.branches import attach
 from secateur.models.experts import expert_linears
+from secateur.models.linears import matrix
 from secateur.pruning.layerwise import planned_groups
 from secateur.pruning.records import BranchRecord
 from secateur.pruning.work import Work, products

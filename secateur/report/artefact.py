@@ -78,12 +78,11 @@ def promises_of(model: "PreTrainedModel", plan: "Plan") -> dict[str, Any]:
 
     Any linear that is neither an nn.Linear nor a part of fused experts (so a Conv1D) is stored as (in, out).
     """
-    from transformers.pytorch_utils import Conv1D
-
     from secateur.models.branches import attached
+    from secateur.models.linears import stored_transposed
     from secateur.models.stored import stored
 
-    transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    transposed = {name for name, module in model.named_modules() if stored_transposed(module)}
     linears = {}
     for name, (tensor, part) in stored(model, plan).items():
         entry = {"pattern": pattern_to_dict(plan[name].pattern), "transposed": name in transposed}

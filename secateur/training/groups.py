@@ -7,13 +7,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from secateur.core.pattern import Pattern, by_rows, keep_mask
 from secateur.core.plan import Plan
 from secateur.errors import UsageError
 from secateur.models.adapter import DecoderAdapter, Linear
 from secateur.models.experts import ExpertLinear
+from secateur.models.linears import stored_transposed
 
 
 def parameter_groups(adapter: DecoderAdapter, plan: Plan) -> list[dict[str, Any]]:
@@ -27,7 +27,7 @@ def parameter_groups(adapter: DecoderAdapter, plan: Plan) -> list[dict[str, Any]
     for name, linear in _linears(adapter):
         pattern = plan[name].pattern if name in plan else None
         pattern = _whole(name, pattern) if _shares_rows(linear) else pattern
-        asked[_holder(linear)].add((pattern, isinstance(linear, Conv1D)))
+        asked[_holder(linear)].add((pattern, stored_transposed(linear)))
     groups: dict[tuple[Pattern | None, bool], list[nn.Parameter]] = defaultdict(list)
     for parameter, name in names.items():
         wanted = asked.get(parameter, {(None, False)})

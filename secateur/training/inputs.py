@@ -20,9 +20,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from secateur.core.moments import ColumnNorms
+from secateur.models.linears import stored_transposed
 from secateur.training.shards import local
 
 
@@ -39,7 +39,7 @@ class InputSums:
         self._sums = self._zeros()
 
     def _zeros(self) -> dict[Tensor, ColumnNorms]:
-        widths = {p: p.shape[0 if isinstance(linear, Conv1D) else 1] for p, linear in self._linears.items()}
+        widths = {p: p.shape[0 if stored_transposed(linear) else 1] for p, linear in self._linears.items()}
         return {parameter: ColumnNorms.zeros(C, local(parameter).device) for parameter, C in widths.items()}
 
     @contextmanager

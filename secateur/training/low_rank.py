@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from secateur.core.linalg import fit_change
 from secateur.core.low_rank import Branch, group_mean
 from secateur.errors import UsageError
-from secateur.models.branches import attach, attached, carrier, matrix
+from secateur.models.branches import attach, attached, carrier
+from secateur.models.linears import matrix, turned
 from secateur.training import shards
 from secateur.training.held import State, held
 from secateur.training.optimizer import SparseAdamW
@@ -86,7 +86,7 @@ def _follow(states: Mapping[Tensor, State], linear: nn.Module, branch: Branch, b
     weight = linear.get_parameter("weight")
     gone = held(weight, states[weight]).W * (before.float() - local(states[weight]["mask"]).float())
     X, S = shards.whole(branch.X).float(), held(branch.S, states[branch.S]).W
-    S.add_(fit_change((gone.T if isinstance(linear, Conv1D) else gone) @ X.T, X @ X.T, damp=1e-6))
+    S.add_(fit_change(turned(linear, gone) @ X.T, X @ X.T, damp=1e-6))
     local(branch.S).copy_(S)
 
 

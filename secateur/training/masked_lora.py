@@ -25,10 +25,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import UsageError
 from secateur.models.branches import carrier
+from secateur.models.linears import matrix, stored_transposed
 
 
 class MaskedLora(nn.Module):
@@ -42,7 +42,7 @@ class MaskedLora(nn.Module):
         """A as LoRA begins, uniform within sqrt(1 / C), and B zero. ``mask`` is (R, C)."""
         super().__init__()
         R, C = mask.shape
-        self.scale, self.transposed = scale, isinstance(linear, Conv1D)
+        self.scale, self.transposed = scale, stored_transposed(linear)
         A = (2 * torch.rand(rank, C, generator=generator) - 1) / math.sqrt(C)
         self.A, self.B = nn.Parameter(A.to(mask.device)), nn.Parameter(torch.zeros(R, rank, device=mask.device))
         self.register_buffer("mask", self._stored(mask).contiguous(), persistent=False)
@@ -79,11 +79,9 @@ def start_lora(
     model.requires_grad_(False)
     parameters = []
     for name, linear in linears.items():
-        W = linear.weight
-        stored = masks[name].T if isinstance(linear, Conv1D) else masks[name]
-        W.copy_(torch.where(stored, W, 0.0))
-        kept = W != 0
-        adapter = MaskedLora(linear, kept.T if isinstance(linear, Conv1D) else kept, rank, scale, generator)
+        W = matrix(linear)
+        W.copy_(torch.where(masks[name], W, 0.0))
+        adapter = MaskedLora(linear, W != 0, rank, scale, generator)
         parametrize.register_parametrization(linear, "weight", adapter)
         parameters += [adapter.A, adapter.B]
     return parameters

@@ -80,7 +80,8 @@ def test_what_it_costs_is_told(compensated, run):
 def test_what_is_evaluated_is_what_was_saved(compensated, run, text_file, tmp_path):
     """With branches the same as their products folded into the weights; without, another function."""
     from secateur import load_pruned
-    from secateur.models.branches import attached, detach, matrix
+    from secateur.models.branches import attached, detach
+    from secateur.models.linears import matrix
 
     out, _ = compensated
     model, tokenizer = load_pruned(out)

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from secateur.core.low_rank import Branch
 from secateur.errors import ArtefactError, ModelError, UsageError
-from secateur.models.branches import attach, attached, detach, load_branches, matrix, save_branches, set_aside
+from secateur.models.branches import attach, attached, detach, load_branches, save_branches, set_aside
+from secateur.models.linears import matrix
 from secateur.models.load import load
 from secateur.models.save import save
 

@@ -13,7 +13,8 @@ from secateur.core.solvers import ADMM, Magnitude, SparseGPT, Wanda
 from secateur.core.sparsellm import SparseLLM
 from secateur.errors import UsageError
 from secateur.models.adapter import DecoderAdapter
-from secateur.models.branches import attach, attached, detach, matrix
+from secateur.models.branches import attach, attached, detach
+from secateur.models.linears import matrix
 from secateur.pruning.low_rank import check_ranks
 from secateur.pruning.oneshot import RunOptions, prune_blocks
 from secateur.pruning.selection import select

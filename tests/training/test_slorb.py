@@ -8,7 +8,8 @@ from secateur.core.low_rank import group_mean
 from secateur.core.pattern import NM, keep_mask
 from secateur.core.sparse_adamw import Schedule
 from secateur.errors import ModelError, UsageError
-from secateur.models.branches import attached, detach, matrix
+from secateur.models.branches import attached, detach
+from secateur.models.linears import matrix
 from secateur.training import SparseAdamW
 from secateur.training.low_rank import follow_masks, start_slorb
 
