@@ -6,8 +6,7 @@
 Embeddings and head keep float inputs, their weights are int8 per row. A zero weight has the code 0 whatever s and d.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +21,7 @@ from secateur.core.grid import Scheme, fit_grid, to_codes
 from secateur.core.int8 import LEVELS, Extremes, input_step
 from secateur.errors import ModelError
 from secateur.models.adapter import DecoderAdapter
+from secateur.models.hooks import hooked
 from secateur.models.linears import matrix
 
 PER_ROW = Scheme(8)
@@ -77,7 +77,11 @@ def calibrate(model: PreTrainedModel, windows: Iterable[Int64[Tensor, "B S"]]) -
     """Extremes of the input columns of every linear in the blocks. ModelError for blocks with routed experts."""
     linears = _linears(model)
     found = {name: Extremes.zeros(matrix(linear).shape[1]) for name, linear in linears.items()}
-    with _watched(linears, found):
+
+    def note(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found[name].update(args[0])
+
+    with hooked(linear.register_forward_pre_hook(partial(note, name)) for name, linear in linears.items()):
         for ids in windows:
             model(input_ids=ids, use_cache=False)
     return found
@@ -136,19 +140,6 @@ def _linears(model: PreTrainedModel) -> dict[str, nn.Module]:
         raise ModelError(NO_EXPERTS)
     names = {id(module): name for name, module in model.named_modules()}
     return {names[id(one)]: one for block in adapter.blocks for one in adapter.linears(block).values()}  # pyright: ignore[reportReturnType]
-
-
-@contextmanager
-def _watched(linears: dict[str, nn.Module], into: dict[str, Extremes]) -> Iterator[None]:
-    def note(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        into[name].update(args[0])
-
-    hooks = [linear.register_forward_pre_hook(partial(note, name)) for name, linear in linears.items()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _sharing(seen: dict[str, Extremes]) -> list[list[str]]:

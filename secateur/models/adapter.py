@@ -15,8 +15,8 @@ Weights are read and written as (out, in), whatever the module (``models.linears
 B = rows of a batch, S = tokens of a row, D = hidden size, R = out_features, C = in_features, V = vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,15 +27,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from secateur.errors import ModelError
-from secateur.models.blocks import (
-    embedding,
-    find_blocks,
-    forward_hooks,
-    refuse_quantized,
-    refuse_tied,
-    refuse_uncovered,
-)
+from secateur.models.blocks import embedding, find_blocks, refuse_quantized, refuse_tied, refuse_uncovered
 from secateur.models.experts import ExpertLinear, Experts, Linear, find_experts, known_parameters, with_experts
+from secateur.models.hooks import hooked, replaced_forward
 from secateur.models.linears import matrix
 
 TOLERANCE = 1e-4
@@ -108,14 +102,17 @@ class DecoderAdapter:
         def answer(*args: Any, **kwargs: Any) -> Any:
             return _answer(hidden, self._items)
 
-        with replaced_forward(self.blocks, answer):
+        with replaced_forward(dict.fromkeys(self.blocks, answer)):
             return self.model(input_ids=self._placed(input_ids), use_cache=False)[0]
 
     @torch.no_grad()
     def verify(self, input_ids: Int[Tensor, "B S"]) -> float:
         """Replay everything and compare with the full forward; the largest relative difference, or ModelError."""
         outputs: list[Tensor] = []
-        with forward_hooks(self.blocks, lambda block, args, output: outputs.append(_hidden_of(output))):
+        with hooked(
+            block.register_forward_hook(lambda block, args, output: outputs.append(_hidden_of(output)))
+            for block in self.blocks
+        ):
             logits = self.model(input_ids=self._placed(input_ids), use_cache=False)[0]
         hidden, worst = self.first_hidden(input_ids), 0.0
         for i, call in enumerate(self.calls(*input_ids.shape)):
@@ -140,7 +137,7 @@ class DecoderAdapter:
                 raise _AtTheDoorError
             return _answer(seen[-1][0], self._items)
 
-        with torch.no_grad(), replaced_forward(self.blocks, pass_through), suppress(_AtTheDoorError):
+        with torch.no_grad(), replaced_forward(dict.fromkeys(self.blocks, pass_through)), suppress(_AtTheDoorError):
             self.model(input_ids=self._placed(input_ids), use_cache=False)
         return seen
 
@@ -211,21 +208,6 @@ def _checked(what: str, replayed: Float[Tensor, "..."], expected: Float[Tensor, 
 
 class _AtTheDoorError(Exception):
     """Ends a forward pass that has shown what was wanted of it."""
-
-
-@contextmanager
-def replaced_forward(modules: list[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """The modules keep their attributes (a model may read them) and answer with `forward`."""
-    own = [vars(module).get("forward") for module in modules]
-    for module in modules:
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module, previous in zip(modules, own, strict=True):
-            del module.forward
-            if previous is not None:
-                module.forward = previous
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:

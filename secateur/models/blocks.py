@@ -8,8 +8,7 @@ B = rows of a batch, S = tokens of a row.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, cast
 
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 from secateur.errors import ModelError
 from secateur.models.elementwise import elementwise
 from secateur.models.experts import Linear
+from secateur.models.hooks import hooked
 
 NOT_MATRICES = (nn.Embedding,)
 """Modules whose parameters have two axes or more without being a matrix that multiplies tokens: relative position
@@ -77,7 +77,7 @@ def _called(
         called.append(module)
         items[module] = len(output) if isinstance(output, tuple | list) else 0
 
-    with torch.no_grad(), forward_hooks(modules, note):
+    with torch.no_grad(), hooked(module.register_forward_hook(note) for module in modules):
         model(input_ids=input_ids.to(embedding(model).weight.device), use_cache=False)
     return called, items
 
@@ -135,16 +135,6 @@ def refuse_tied(model: PreTrainedModel, block_names: list[str]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- plumbing
-
-
-@contextmanager
-def forward_hooks(modules: list[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def embedding(model: PreTrainedModel) -> nn.Embedding:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from secateur.models.hooks import hooked
+
 
 def elementwise(block: nn.Module, names: Iterable[str], replay: Callable[[], Any]) -> set[str]:
     """Those of the named parameters of a block that scale element by element; `replay` runs the block once."""
@@ -23,12 +25,8 @@ def elementwise(block: nn.Module, names: Iterable[str], replay: Callable[[], Any
             inputs[module] = args[0]
 
     places = [(name, block.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
-    handles = [owner.register_forward_hook(note) for owner in {owner for _, owner, _ in places}]
-    try:
+    with hooked(owner.register_forward_hook(note) for owner in {owner for _, owner, _ in places}):
         replay()
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name for name, owner, last in places if owner in inputs and _is_elementwise(owner, last, inputs[owner])}
 
 

@@ -9,8 +9,7 @@ that uses). If none does, the block is refused, for every method: what the exper
 T = tokens, D = hidden size.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from secateur.core.activations import ACTIVATIONS, Elementwise
 from secateur.errors import ModelError
 from secateur.models.adapter import Call, DecoderAdapter
 from secateur.models.experts import Experts, unfused
-from secateur.models.layout import TOLERANCE, FeedForwardForm, Run, feed_forward, groups_of, relative
+from secateur.models.layout import TOLERANCE, FeedForwardForm, feed_forward, groups_of, noted, relative
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,9 @@ class Entered(NamedTuple):
     output: Any
 
 
-@contextmanager
-def watchable(layouts: tuple[ExpertLayout, ...]) -> Iterator[None]:
+def watchable(layouts: tuple[ExpertLayout, ...]) -> AbstractContextManager[None]:
     """Hooks on expert linears fire in here."""
-    with unfused([(layout.experts, layout.phi) for layout in layouts]):
-        yield
+    return unfused([(layout.experts, layout.phi) for layout in layouts])
 
 
 def observe_experts(
@@ -80,13 +77,10 @@ def observe_experts(
 
 def _entered(adapter: DecoderAdapter, index: int, experts: Experts, hidden: Tensor, call: Call) -> Entered:
     seen: list[Entered] = []
-    handle = experts.entrance.register_forward_hook(
+    with experts.entrance.register_forward_hook(
         lambda _, args, kwargs, output: seen.append(Entered(args, kwargs, output)), with_kwargs=True
-    )
-    try:
+    ):
         adapter.replay(index, hidden, call)
-    finally:
-        handle.remove()
     if len(seen) == 1 and seen[0].args:
         return seen[0]
     what = "without a positional argument" if len(seen) == 1 else f"{len(seen)} times"
@@ -120,17 +114,8 @@ def _activation(name: str, experts: Experts, entered: Entered) -> Elementwise:
 
 
 def _member(experts: Experts, expert: int, X: Float[Tensor, "T D"], phi: Elementwise | None) -> Member:
-    runs: list[Run] = []
-
-    def note(linear: str) -> Callable[..., None]:
-        return lambda _, args, output: runs.append(Run(linear, args[0], output))
-
-    handles = [linear.register_forward_hook(note(name)) for name, linear in experts.linears[expert].items()]
-    try:
+    with noted(experts.linears[expert]) as runs:
         experts.run(expert, X, phi)
-    finally:
-        for handle in handles:
-            handle.remove()
     name = f"{experts.name}.{expert}"
     if sorted(run.linear for run in runs) != sorted(experts.linears[expert]):
         ran = ", ".join(run.linear for run in runs) or "none"

@@ -18,8 +18,8 @@ shared expert, one output in all. They are recognised by that, among everything 
 E = experts, T = tokens, D = hidden size, K = inner size of an expert.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from secateur.core.activations import Elementwise
 from secateur.errors import ModelError
+from secateur.models.hooks import replaced_forward
 from secateur.models.linears import PlainLinear
 
 
@@ -140,17 +141,9 @@ def routing(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Rout
     )
 
 
-@contextmanager
-def unfused(experts: Sequence[tuple[Experts, Elementwise | None]]) -> Iterator[None]:
+def unfused(experts: Sequence[tuple[Experts, Elementwise | None]]) -> AbstractContextManager[None]:
     """Fused experts run as plain loops in here; lists run expert by expert anyway."""
-    modules = [(one.module, partial(one.loop, phi)) for one, phi in experts if phi is not None]
-    for module, loop in modules:
-        vars(module)["forward"] = loop
-    try:
-        yield
-    finally:
-        for module, _ in modules:
-            del vars(module)["forward"]
+    return replaced_forward({one.module: partial(one.loop, phi) for one, phi in experts if phi is not None})
 
 
 # ------------------------------------------------------------------------------------------------------------- finding

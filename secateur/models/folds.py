@@ -7,8 +7,9 @@ in another way than as a factor (Gemma's 1 + w), shows in what the block adds to
 undone. It is asked token by token, since one token's huge activations would hide what happens to all others.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from secateur.models.grids import DIVISOR, divide
+from secateur.models.hooks import hooked
 from secateur.models.layout import Layout
 
 EXACT, UNDERFLOW = 1e-6, {torch.float16: 2e-2}
@@ -92,19 +94,10 @@ def _readers(block: nn.Module, layout: Layout) -> dict[str, nn.Module]:
     return {group.linears[0]: block.get_submodule(group.linears[0]) for group in layout.groups}
 
 
-@contextmanager
-def _seen(modules: dict[str, nn.Module], into: dict[str, Tensor], *, output: bool) -> Iterator[None]:
+def _seen(modules: dict[str, nn.Module], into: dict[str, Tensor], *, output: bool) -> AbstractContextManager[None]:
     """Note what each module is given, or what it gives."""
 
-    def hook(name: str) -> Callable[..., None]:
-        def see(_: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
-            into[name] = result if output else args[0]
+    def see(name: str, _: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
+        into[name] = result if output else args[0]
 
-        return see
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked(module.register_forward_hook(partial(see, name)) for name, module in modules.items())

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from secateur.errors import ModelError
-from secateur.models.adapter import replaced_forward
+from secateur.models.hooks import replaced_forward
 
 TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest of them."""
@@ -46,7 +46,7 @@ def head(model: PreTrainedModel, hidden: Float[Tensor, "T D"]) -> Float[Tensor, 
 
     base: Any = model.base_model
     bodies = {base, base.get_decoder()}  # OPT calls the decoder inside its base
-    with replaced_forward(list(bodies), answer):
+    with replaced_forward(dict.fromkeys(bodies, answer)):
         nobody = torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)
         return model(input_ids=nobody, use_cache=False).logits[0]
 

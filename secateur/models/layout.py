@@ -19,20 +19,22 @@ B = rows, S = tokens of a row, D = hidden size.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import permutations
 from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.core.activations import ACTIVATIONS, LEARNED, activation
 from secateur.errors import ModelError
 from secateur.models.adapter import Call, DecoderAdapter
 from secateur.models.experts import Linear, expert_linears
+from secateur.models.hooks import hooked
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """Largest relative error, per dtype of the block, at which two tensors count as the same."""
@@ -110,14 +112,15 @@ def observe(adapter: DecoderAdapter, index: int, hidden: Float[Tensor, "B S D"],
 
 
 @contextmanager
-def _hooked(adapter: DecoderAdapter, index: int, hook: Callable[[str], Callable]) -> Iterator[None]:
-    linears = unrouted(adapter, index)
-    handles = [linear.register_forward_hook(hook(name)) for name, linear in linears.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def noted(linears: Mapping[str, Linear]) -> Iterator[list[Run]]:
+    """What these linears do in here, in order."""
+    runs: list[Run] = []
+
+    def note(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        runs.append(Run(name, args[0], output))
+
+    with hooked(linear.register_forward_hook(partial(note, name)) for name, linear in linears.items()):
+        yield runs
 
 
 def unrouted(adapter: DecoderAdapter, index: int) -> dict[str, Linear]:
@@ -129,11 +132,11 @@ def unrouted(adapter: DecoderAdapter, index: int) -> dict[str, Linear]:
 
 def _watch(adapter: DecoderAdapter, index: int, hidden: Tensor, call: Call) -> tuple[list[Run], Tensor]:
     """Every linear's run, in order, and the block's output; each linear must run exactly once."""
-    runs: list[Run] = []
-    with _hooked(adapter, index, lambda name: lambda _, args, output: runs.append(Run(name, args[0], output))):
+    linears = unrouted(adapter, index)
+    with noted(linears) as runs:
         output = adapter.replay(index, hidden, call)
     times = Counter(run.linear for run in runs)
-    for name in unrouted(adapter, index):
+    for name in linears:
         if times[name] != 1:
             raise ModelError(
                 f"{adapter.block_names[index]}.{name} ran {times[name]} times in one pass through its block, 1 wanted; "
@@ -220,10 +223,10 @@ def _is_additive(adapter: DecoderAdapter, index: int, hidden: Tensor, call: Call
     """Add the block's own output, shifted by a token, to what `down` says: the block must answer with that more."""
     disturbance = output.roll(1, dims=1)
 
-    def disturb(name: str) -> Callable:
-        return lambda _, args, said: said + disturbance.reshape(said.shape) if name == down else None
+    def disturb(_: nn.Module, args: tuple[Tensor, ...], said: Tensor) -> Tensor:
+        return said + disturbance.reshape(said.shape)
 
-    with _hooked(adapter, index, disturb):
+    with unrouted(adapter, index)[down].register_forward_hook(disturb):
         moved = adapter.replay(index, hidden, call)
     return relative(moved.float() - output.float(), disturbance) <= TOLERANCE[output.dtype]
 

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from secateur.errors import ModelError
 from secateur.models.adapter import DecoderAdapter
-from secateur.models.experts import Experts, expert_linears, routing
+from secateur.models.experts import Experts, routing
+from secateur.models.hooks import hooked
+from secateur.models.layout import unrouted
 
 TOKENS = 8
 
@@ -89,21 +91,18 @@ def _watch(adapter: DecoderAdapter, index: int, experts: Sequence[Experts]) -> t
     def sent(place: int, name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         routed[place] += routing(name, args, kwargs).index.numel()
 
-    block, tokens = adapter.blocks[index], torch.zeros(1, TOKENS, dtype=torch.int64)
-    handles = [
-        linear.register_forward_pre_hook(partial(note, name, adapter.shape(linear)))
-        for name, linear in adapter.linears(block).items()
-        if name not in expert_linears(experts)
-    ]
-    handles += [
-        one.module.register_forward_pre_hook(partial(sent, place, one.name), with_kwargs=True)
-        for place, one in enumerate(experts)
-    ]
-    try:
+    linears, tokens = unrouted(adapter, index), torch.zeros(1, TOKENS, dtype=torch.int64)
+    with (
+        hooked(
+            linear.register_forward_pre_hook(partial(note, name, adapter.shape(linear)))
+            for name, linear in linears.items()
+        ),
+        hooked(
+            one.module.register_forward_pre_hook(partial(sent, place, one.name), with_kwargs=True)
+            for place, one in enumerate(experts)
+        ),
+    ):
         adapter.replay(index, adapter.first_hidden(tokens), adapter.calls(1, TOKENS)[index])
-    finally:
-        for handle in handles:
-            handle.remove()
     return ran, routed
 
 

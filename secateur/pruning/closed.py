@@ -8,7 +8,7 @@ pruned by ``core.sparsellm``. The cost is two and a half forwards of the block w
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from secateur.core.linalg import fit
 from secateur.core.moments import CrossMoments, Gram
 from secateur.core.sparsellm import Refined, SparseLLM
+from secateur.models.hooks import replaced_forward
 from secateur.pruning.experts import closed_experts, expert_forms
 from secateur.pruning.ffn import dense_targets, ffn_view, prune_ffn
 from secateur.pruning.hidden import Hidden
@@ -131,9 +132,6 @@ def silenced(work: Work) -> Iterator[list[Tensor]]:
 
     entering: list[Tensor] = []
     collect: dict[nn.Module, Watcher] = {work.linear(form.up.linear): lambda X: entering.append(X.cpu())}
-    with watching(collect), ExitStack() as stack:
-        for name in names:
-            linear = work.linear(name)
-            vars(linear)["forward"] = zeros(work.targets[name].shape[0])
-            stack.callback(vars(linear).pop, "forward")
+    silent: dict[nn.Module, Callable] = {work.linear(name): zeros(work.targets[name].shape[0]) for name in names}
+    with watching(collect), replaced_forward(silent):
         yield entering

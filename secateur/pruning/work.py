@@ -6,7 +6,7 @@ on, and a chunk visits it. Forwards and Gram products run at ``RunOptions.precis
 
 import time
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import ClassVar, Literal
@@ -24,6 +24,7 @@ from secateur.models.adapter import Call, DecoderAdapter, Linear
 from secateur.models.expert_layout import ExpertLayout, observe_experts, watchable
 from secateur.models.experts import ExpertLinear
 from secateur.models.grids import attach_grid
+from secateur.models.hooks import hooked
 from secateur.models.layout import FeedForwardForm, Layout, observe
 from secateur.pruning.hidden import Budget, Hidden
 from secateur.pruning.ranks import ALONE, Ranks, pattern_of_rows
@@ -299,20 +300,11 @@ def in_rows(X: Float[Tensor, "*batch C"], rows: Float[Tensor, "B S D"]) -> Float
     return X.reshape(*rows.shape[:-1], X.shape[-1]) if every else X
 
 
-@contextmanager
-def watching(inputs: Mapping[nn.Module, Watcher]) -> Iterator[None]:
+def watching(inputs: Mapping[nn.Module, Watcher]) -> AbstractContextManager[None]:
     """Hand every input of these modules to their watcher."""
 
-    def hook(watcher: Watcher) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            with torch.autocast(args[0].device.type, enabled=False):  # inside it, float32 products run in 16 bit
-                watcher(args[0])
+    def see(watcher: Watcher, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        with torch.autocast(args[0].device.type, enabled=False):  # inside it, float32 products run in 16 bit
+            watcher(args[0])
 
-        return see
-
-    handles = [module.register_forward_pre_hook(hook(watcher)) for module, watcher in inputs.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked(module.register_forward_pre_hook(partial(see, watcher)) for module, watcher in inputs.items())

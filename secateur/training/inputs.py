@@ -14,14 +14,15 @@ Work: three operations an input and linear, beside 2 R of the linear itself.
 R = out_features, C = in_features.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from secateur.core.moments import ColumnNorms
+from secateur.models.hooks import hooked
 from secateur.models.linears import stored_transposed
 from secateur.training.shards import local
 
@@ -42,18 +43,12 @@ class InputSums:
         widths = {p: p.shape[0 if stored_transposed(linear) else 1] for p, linear in self._linears.items()}
         return {parameter: ColumnNorms.zeros(C, local(parameter).device) for parameter, C in widths.items()}
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> AbstractContextManager[None]:
         """Forwards in here are counted."""
-        handles = [
+        return hooked(
             linear.register_forward_pre_hook(partial(self._see, parameter))
             for parameter, linear in self._linears.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        )
 
     @torch.no_grad()
     def _see(self, parameter: Tensor, linear: nn.Module, args: tuple[Tensor, ...]) -> None:
