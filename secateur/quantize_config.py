@@ -27,7 +27,7 @@ from secateur.core.grid import Scheme
 from secateur.core.pattern import Pattern, Unstructured, make_pattern, tapered
 from secateur.core.quantizers import GPTQ, QUANTIZERS, RTN, Joint, Quantizer
 
-Method = Literal["rtn", "gptq", "joint"]
+QuantizerName = Literal["rtn", "gptq", "joint"]
 Balance = Literal["none", "smooth", "awq"]
 Activations = Literal["none", "dynamic", "static"]
 GROUPS = (128, 64, 32)
@@ -48,7 +48,7 @@ class QuantizeConfig:
     activations: Activations = "none"
     """8 bit inputs beside 8 bit weights: dynamic finds a scale for each token when it runs, static takes the largest
     input of the calibration."""
-    method: Method = "gptq"
+    method: QuantizerName = "gptq"
     """rtn rounds to nearest, gptq lets later columns make up for it, joint prunes a dense model in that same pass."""
     sparsity: float | None = None
     """Share of zeros, of joint alone. Needed by every pattern but N:M."""

@@ -28,11 +28,9 @@ from secateur.config import (
 from secateur.core.allotment import MOST
 from secateur.core.losses import Distillation
 from secateur.core.pattern import Pattern, make_pattern, tapered, tapered_words
-from secateur.core.sparse_adamw import DENSE_UNTIL_FROZEN, Absolute, Decay, Relative, Schedule
+from secateur.core.sparse_adamw import DENSE_UNTIL_FROZEN, Absolute, Decay, MethodName, MetricName, Relative, Schedule
 
 DEFAULT_LOSS = Distillation()
-Method = Literal["ast", "ast_g", "srste", "cast", "admm", "fixed", "none"]
-Metric = Literal["magnitude", "fisher", "taylor", "wanda"]
 PUBLISHED_SCALES = {"cast": 2}
 """Scales of a row, of the methods whose papers have them."""
 LISTS = (*EXPRESSIONS, "data")
@@ -48,7 +46,7 @@ class TrainConfig:
 
     tokens: int
     """Tokens of training, counted again in every epoch."""
-    method: Method = "ast"
+    method: MethodName = "ast"
     """Where the decay of pruned weights enters: ast, ast_g, srste, cast; admm draws dense weights towards sparse ones
     (ELSA); fixed keeps the mask, none prunes nothing."""
     sparsity: float | None = None
@@ -59,7 +57,7 @@ class TrainConfig:
     taper: float = 0.0
     """By how much the sparsity of the last block is above ``sparsity``, and that of the first below it; it rises evenly
     between them (arXiv:2502.14770). Not with N:M or global."""
-    metric: Metric = "magnitude"
+    metric: MetricName = "magnitude"
     """What a weight is worth when the mask is chosen: magnitude; fisher, its square times the mean squared gradient;
     taylor, it times the first moment; wanda, it times the size of its inputs in the last ten steps or so."""
     data: tuple[str, ...] = ("c4",)

@@ -31,7 +31,7 @@ W, m, v, g: any shape, here that of a matrix (R = out_features, C = in_features)
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Integer
@@ -149,6 +149,7 @@ def dual_(held: Weights, penalty: float) -> None:
     split.copy_(held.W + U)
 
 
+MethodName = Literal["ast", "ast_g", "srste", "cast", "admm", "fixed", "none"]
 UPDATES: dict[str, Update] = {
     "ast": ast_,
     "ast_g": ast_g_,
@@ -346,6 +347,7 @@ def by_wanda(held: Weights, step: Step) -> Float[Tensor, "..."]:
 
 
 Metric = Callable[[Weights, Step], Float[Tensor, "..."]]
+MetricName = Literal["magnitude", "fisher", "taylor", "wanda"]
 METRICS: dict[str, Metric] = {
     "magnitude": by_magnitude,
     "fisher": by_fisher,

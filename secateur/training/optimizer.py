@@ -51,6 +51,8 @@ from secateur.core.sparse_adamw import (
     UPDATES,
     V_SEES_MORE,
     Decay,
+    MethodName,
+    MetricName,
     Relative,
     Schedule,
     Step,
@@ -63,8 +65,6 @@ from secateur.core.sparse_adamw import (
 from secateur.training import held, masks, shards
 from secateur.training.shards import local
 
-Method = Literal["ast", "ast_g", "srste", "cast", "admm", "fixed", "none"]
-MetricName = Literal["magnitude", "fisher", "taylor", "wanda"]
 Scope = Literal["matrix", "global"]
 DEFAULT_DECAY = Relative()
 
@@ -87,7 +87,7 @@ class SparseAdamW(Optimizer):
         params: Iterable[Any],
         *,
         schedule: Schedule,
-        method: Method = "ast",
+        method: MethodName = "ast",
         decay: Decay = DEFAULT_DECAY,
         metric: MetricName = "magnitude",
         scope: Scope = "matrix",
