@@ -86,8 +86,8 @@ class Layout:
     """The block's output is something plus the last feed-forward linear's output, unscaled and not normalised again."""
 
 
-class Run(NamedTuple):
-    """One linear's work in one replay. Holding the tensors keeps their addresses from being used again."""
+class Ran(NamedTuple):
+    """One linear, when it ran in a replay. Holding the tensors keeps their addresses from being used again."""
 
     linear: str
     input: Tensor
@@ -112,12 +112,12 @@ def observe(adapter: DecoderAdapter, index: int, hidden: Float[Tensor, "B S D"],
 
 
 @contextmanager
-def noted(linears: Mapping[str, Linear]) -> Iterator[list[Run]]:
+def noted(linears: Mapping[str, Linear]) -> Iterator[list[Ran]]:
     """What these linears do in here, in order."""
-    runs: list[Run] = []
+    runs: list[Ran] = []
 
     def note(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        runs.append(Run(name, args[0], output))
+        runs.append(Ran(name, args[0], output))
 
     with hooked(linear.register_forward_hook(partial(note, name)) for name, linear in linears.items()):
         yield runs
@@ -130,7 +130,7 @@ def unrouted(adapter: DecoderAdapter, index: int) -> dict[str, Linear]:
     return {name: linear for name, linear in adapter.linears(block).items() if name not in routed}
 
 
-def _watch(adapter: DecoderAdapter, index: int, hidden: Tensor, call: Call) -> tuple[list[Run], Tensor]:
+def _watch(adapter: DecoderAdapter, index: int, hidden: Tensor, call: Call) -> tuple[list[Ran], Tensor]:
     """Every linear's run, in order, and the block's output; each linear must run exactly once."""
     linears = unrouted(adapter, index)
     with noted(linears) as runs:
@@ -145,7 +145,7 @@ def _watch(adapter: DecoderAdapter, index: int, hidden: Tensor, call: Call) -> t
     return runs, output
 
 
-def groups_of(runs: list[Run], part: Part) -> tuple[Group, ...]:
+def groups_of(runs: list[Ran], part: Part) -> tuple[Group, ...]:
     """Same address and size is the same tensor, also behind a reshape (OPT flattens the batch in its FFN)."""
     sharing: dict[tuple[int, int], list[str]] = {}
     for run in runs:
@@ -156,7 +156,7 @@ def groups_of(runs: list[Run], part: Part) -> tuple[Group, ...]:
 # ----------------------------------------------------------------------------------------------------------- questions
 
 
-def _attention_out(adapter: DecoderAdapter, index: int, hidden: Tensor, call: Call, runs: list[Run]) -> str | None:
+def _attention_out(adapter: DecoderAdapter, index: int, hidden: Tensor, call: Call, runs: list[Ran]) -> str | None:
     """The first linear whose last token's input feels a change of the token before it (nearer than any window ends)."""
     rows, tokens, _ = hidden.shape
     changed = hidden.clone()
@@ -169,7 +169,7 @@ def _attention_out(adapter: DecoderAdapter, index: int, hidden: Tensor, call: Ca
     return None
 
 
-def feed_forward(runs: list[Run]) -> tuple[FeedForwardForm | None, str | None]:
+def feed_forward(runs: list[Ran]) -> tuple[FeedForwardForm | None, str | None]:
     """Try phi(up) and phi(gate) * up for every phi and every pair of candidates; the nearest one within tolerance."""
     if len(runs) not in (2, 3):
         names = ", ".join(run.linear for run in runs) or "none"
@@ -191,7 +191,7 @@ def feed_forward(runs: list[Run]) -> tuple[FeedForwardForm | None, str | None]:
     )
 
 
-def _halves(sources: list[Run], width: int) -> dict[Half, Tensor]:
+def _halves(sources: list[Ran], width: int) -> dict[Half, Tensor]:
     """The candidates for gate and up with their outputs, tokens flattened."""
     halves = {}
     for run in sources:
@@ -202,7 +202,7 @@ def _halves(sources: list[Run], width: int) -> dict[Half, Tensor]:
     return halves
 
 
-def _forms(halves: dict[Half, Tensor], down: Run) -> Iterator[FeedForwardForm]:
+def _forms(halves: dict[Half, Tensor], down: Ran) -> Iterator[FeedForwardForm]:
     """Everything the network may be: every phi over one half, or over each of two with the other beside it."""
     if len(halves) == 1:
         ((up, output),) = halves.items()

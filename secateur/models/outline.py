@@ -10,7 +10,7 @@ today and is verified, in numbers, when pruning begins.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +19,9 @@ from secateur.errors import ModelError
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.experts import Experts, routing
 from secateur.models.hooks import hooked
-from secateur.models.layout import unrouted
+from secateur.models.layout import Ran, noted, unrouted
 
 TOKENS = 8
-
-
-class Ran(NamedTuple):
-    """One linear, when it ran."""
-
-    name: str
-    shape: tuple[int, int]
-    input: Tensor
 
 
 @dataclass(frozen=True)
@@ -64,15 +56,15 @@ def outline(adapter: DecoderAdapter, index: int) -> Outline:
     ran, routed = _watch(adapter, index, experts)
     mixtures = tuple(map(_mixture, experts, routed))
     beside = tuple(f"{one.name.rpartition('.')[0]}." for one in experts)
-    ffn = [r for r in ran if not experts or r.name.startswith(beside)]
-    attention = [r for r in ran if experts and not r.name.startswith(beside)]
+    ffn = [r for r in ran if not experts or r.linear.startswith(beside)]
+    attention = [r for r in ran if experts and not r.linear.startswith(beside)]
     count = _sources(ffn)
     if not count and not experts:
         return Outline(_shared(ran), None, (), None)
     before = attention + ffn[: -1 - count] if count else attention
-    first, down = (ffn[-1 - count : -1], ffn[-1].name) if count else ([], None)
-    out = before[-1].name if before else None
-    return Outline(_shared(before[:-1]), out, tuple(r.name for r in first), down, mixtures)
+    first, down = (ffn[-1 - count : -1], ffn[-1].linear) if count else ([], None)
+    out = before[-1].linear if before else None
+    return Outline(_shared(before[:-1]), out, tuple(r.linear for r in first), down, mixtures)
 
 
 def _mixture(experts: Experts, routed: int) -> Mixture:
@@ -82,26 +74,17 @@ def _mixture(experts: Experts, routed: int) -> Mixture:
 
 def _watch(adapter: DecoderAdapter, index: int, experts: Sequence[Experts]) -> tuple[list[Ran], list[int]]:
     """The linears that every token runs through, in order; how many tokens, summed over experts, each mixture got."""
-    ran: list[Ran] = []
     routed = [0 for _ in experts]
-
-    def note(name: str, shape: tuple[int, int], module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        ran.append(Ran(name, shape, args[0]))
 
     def sent(place: int, name: str, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         routed[place] += routing(name, args, kwargs).index.numel()
 
-    linears, tokens = unrouted(adapter, index), torch.zeros(1, TOKENS, dtype=torch.int64)
-    with (
-        hooked(
-            linear.register_forward_pre_hook(partial(note, name, adapter.shape(linear)))
-            for name, linear in linears.items()
-        ),
-        hooked(
-            one.module.register_forward_pre_hook(partial(sent, place, one.name), with_kwargs=True)
-            for place, one in enumerate(experts)
-        ),
-    ):
+    tokens = torch.zeros(1, TOKENS, dtype=torch.int64)
+    entered = (
+        one.module.register_forward_pre_hook(partial(sent, place, one.name), with_kwargs=True)
+        for place, one in enumerate(experts)
+    )
+    with noted(unrouted(adapter, index)) as ran, hooked(entered):
         adapter.replay(index, adapter.first_hidden(tokens), adapter.calls(1, TOKENS)[index])
     return ran, routed
 
@@ -111,16 +94,16 @@ def _sources(ran: list[Ran]) -> int:
     if len(ran) < 2:
         return 0
     *before, down = ran
-    width, count = down.shape[1], 0
+    width, count = down.input.shape[-1], 0
     for one in reversed(before[-2:]):
-        if one.input is not before[-1].input or one.shape[0] not in (width, 2 * width):
+        if one.input is not before[-1].input or one.output.shape[-1] not in (width, 2 * width):
             break
         count += 1
-    return 1 if count and before[-1].shape[0] == 2 * width else count
+    return 1 if count and before[-1].output.shape[-1] == 2 * width else count
 
 
 def _shared(ran: list[Ran]) -> tuple[tuple[str, ...], ...]:
     groups: dict[int, list[str]] = {}
     for one in ran:
-        groups.setdefault(id(one.input), []).append(one.name)
+        groups.setdefault(id(one.input), []).append(one.linear)
     return tuple(tuple(names) for names in groups.values())
