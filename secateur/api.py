@@ -29,7 +29,7 @@ from secateur.report.artefact import finished_report
 from secateur.report.comparison import Comparison, compare
 from secateur.report.facts import Stopwatch
 from secateur.report.progress import Progress
-from secateur.runs import Result, Run, lasting, open_model, resolve_device
+from secateur.runs import PruneRun, Result, lasting, open_model, resolve_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -98,8 +98,8 @@ def prune(
     watch = Stopwatch(progress)
     with launched() as ranks:
         if out is None:
-            return Run.prepare(model, tokenizer, config, watch, ranks).in_memory()
-        return _written(place_of(out), resume, lambda: Run.prepare(model, tokenizer, config, watch, ranks), model)
+            return PruneRun.prepare(model, tokenizer, config, watch, ranks).in_memory()
+        return _written(place_of(out), resume, lambda: PruneRun.prepare(model, tokenizer, config, watch, ranks), model)
 
 
 def load_pruned(

@@ -22,7 +22,7 @@ from secateur.errors import UsageError
 from secateur.evaluation.inspect import Checkpoint
 from secateur.evaluation.perplexity import window_losses
 from secateur.export.directory import pack_directory, unpack_directory
-from secateur.export.openvino import OpenVINOOptions, Texts, export_openvino
+from secateur.export.openvino import OpenVINOOptions, Windows, export_openvino
 from secateur.export.sizes import Sizes
 from secateur.export.sparse24 import export_sparse24
 from secateur.export.targets import check_target
@@ -107,7 +107,7 @@ def _check_codes(source: str) -> None:
 
 
 def _openvino(source: str, out: Path, options: ExportOptions, watch: Stopwatch) -> dict[str, Any]:
-    told = export_openvino(source, out, options.openvino, lambda loaded: _texts(loaded, options), _loss, watch)
+    told = export_openvino(source, out, options.openvino, lambda loaded: _windows(loaded, options), _loss, watch)
     nll = told["nll"]
     gap = nll["openvino"] - nll["torch"]
     perplexity = {name: _exp(nll[name]) for name in ("torch", "openvino")}
@@ -133,7 +133,7 @@ def _exp(nll: float) -> float:
     return math.exp(nll) if nll < 700 else math.inf
 
 
-def _texts(loaded: Loaded, options: ExportOptions) -> Texts:
+def _windows(loaded: Loaded, options: ExportOptions) -> Windows:
     """Windows that calibrate, at random, and others that check."""
     context = getattr(loaded.model.config, "max_position_embeddings", None) or options.seq_len
     seq_len = min(options.seq_len, context)
@@ -143,7 +143,7 @@ def _texts(loaded: Loaded, options: ExportOptions) -> Texts:
     check = eval_windows(tokens, seq_len, options.held_out)
     local = shown.provenance["sha256"] == held.provenance["sha256"]  # a file, of which the rest calibrates
     tokens = tokens[check.numel() :] if local else tokenize(shown, loaded.tokenizer)
-    return Texts(sample_windows(tokens, options.samples, seq_len, torch.Generator().manual_seed(options.seed)), check)
+    return Windows(sample_windows(tokens, options.samples, seq_len, torch.Generator().manual_seed(options.seed)), check)
 
 
 def _loss(model: Any, windows: torch.Tensor) -> float:

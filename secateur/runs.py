@@ -71,7 +71,7 @@ class Result(Generic[Record]):
 
 
 @dataclass(frozen=True)
-class Run:
+class PruneRun:
     """Everything that is settled before the first block."""
 
     loaded: Loaded
@@ -92,7 +92,7 @@ class Run:
         config: PruneConfig,
         watch: Stopwatch,
         ranks: Ranks = ALONE,
-    ) -> "Run":
+    ) -> "PruneRun":
         config, device = with_text_needed(config), resolve_device(config.device)
         with watch.stage("data", f"read {config.data}"):
             texts = read_texts(config.data, "calibration")

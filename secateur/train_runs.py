@@ -55,8 +55,7 @@ from secateur.training.low_rank import follow_masks, start_slorb
 from secateur.training.masked_lora import merge_lora, start_lora
 from secateur.training.optimizer import SparseAdamW
 from secateur.training.outcome import Outset, outset, warnings
-from secateur.training.tracking import checked as checked_tracker
-from secateur.training.tracking import tracked
+from secateur.training.tracking import checked_tracker, tracked
 
 MACHINE = ("checkpoint", "tracker", "shard")
 """Keys of a recipe that change how machines are used, and the result by no more than the number of processes does."""

@@ -71,15 +71,15 @@ class OpenVINOOptions:
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Windows of the same tokenizer."""
+class Windows:
+    """Of text, cut with the tokenizer of the model."""
 
     calibration: Int64[Tensor, "n S"]
     held_out: Int64[Tensor, "m S"]
 
 
 def export_openvino(
-    source: str, out: Path, options: OpenVINOOptions, texts: Callable[[Loaded], Texts], measure: Measure, watch: Watch
+    source: str, out: Path, options: OpenVINOOptions, cut: Callable[[Loaded], Windows], measure: Measure, watch: Watch
 ) -> dict[str, Any]:
     """Write `out`, all of it or nothing, and return what is to be told of it."""
     openvino()
@@ -88,7 +88,7 @@ def export_openvino(
     refuse_occupied(out, overwrite=False)
     with watch.stage("load"):
         loaded = load(source, dtype="float32")
-        windows = texts(loaded)
+        windows = cut(loaded)
     model, probe = loaded.model, windows.held_out[:1, :SAME_TEXT]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     with watch.stage("reference", "measure the model as it is"):

@@ -38,7 +38,7 @@ Tokens = dict[str, Hidden]
 
 def expert_forms(work: Work) -> dict[str, FeedForwardForm]:
     """The FFN of every expert by its name; an error where one has no known form or the plan lacks a part of it."""
-    return {m.name: work.checked(m.ffn, m.refusal) for layout in work.experts for m in layout.members}
+    return {m.name: work.whole_form(m.ffn, m.refusal) for layout in work.experts for m in layout.members}
 
 
 def linears_of(form: FeedForwardForm) -> tuple[str, ...]:

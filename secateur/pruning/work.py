@@ -96,9 +96,9 @@ class Work:
     @property
     def form(self) -> FeedForwardForm:
         """The form of the block's FFN; ModelError where SparseLLM knows none, UsageError where the plan has a part."""
-        return self.checked(self.layout.ffn, self.layout.ffn_refusal)
+        return self.whole_form(self.layout.ffn, self.layout.ffn_refusal)
 
-    def checked(self, form: FeedForwardForm | None, refusal: str | None) -> FeedForwardForm:
+    def whole_form(self, form: FeedForwardForm | None, refusal: str | None) -> FeedForwardForm:
         """The form of one FFN, if SparseLLM can prune it as a whole."""
         name = self.adapter.block_names[self.index]
         if form is None:

@@ -1,6 +1,6 @@
 """Curves of a run in somebody's tool: accelerate's trackers (TensorBoard, Weights & Biases, MLflow and others).
 
-    accelerator = Accelerator(log_with=checked("tensorboard"), project_dir=folder)
+    accelerator = Accelerator(log_with=checked_tracker("tensorboard"), project_dir=folder)
     with tracked(accelerator, recipe) as tell:
         for record in loop.run():
             tell(record)
@@ -24,7 +24,7 @@ from secateur.training.loop import StepRecord
 PROJECT = "secateur"
 
 
-def checked(name: str | None) -> str | None:
+def checked_tracker(name: str | None) -> str | None:
     """The name of a tracker that can be used; UsageError for an unknown one and where its package is missing."""
     if name is None:
         return None

@@ -22,7 +22,7 @@ from secateur.evaluation.bench_worker import measure, open_runner
 from secateur.export import int8
 from secateur.export.int8 import Int8Linear, Int8Record, calibrate, row_codes, to_int8
 from secateur.export.openvino import OpenVINOOptions, sparse_properties
-from secateur.exports import _texts
+from secateur.exports import _windows
 from secateur.models import openvino as runtime
 from secateur.models.openvino import PRECISE, RUNTIME, SPARSE_RATE, OpenVINOModel, crc32_of, lacks_amx
 from secateur.models.runners import RUNTIMES, Opened
@@ -159,7 +159,7 @@ def test_what_checks_does_not_calibrate(byte_tokenizer, tmp_path, monkeypatch):
     text = "".join(f"{number:04}" for number in range(128))
     (tmp_path / "text.txt").write_text(text)
     loaded: Any = SimpleNamespace(model=SimpleNamespace(config=LlamaConfig()), tokenizer=byte_tokenizer)
-    made = _texts(loaded, ExportOptions(str(tmp_path / "text.txt"), samples=6, held_out=2, seq_len=64))
+    made = _windows(loaded, ExportOptions(str(tmp_path / "text.txt"), samples=6, held_out=2, seq_len=64))
     tokens = torch.tensor(byte_tokenizer(text)["input_ids"]).view(8, 64)
     assert len(calls) == 1
     assert torch.equal(made.held_out, tokens[:2])
