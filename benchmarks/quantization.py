@@ -5,8 +5,8 @@
     python benchmarks/quantization.py plot                   docs/frontier.svg, from the results
 
 Everything is calibrated on 16 x 2048 tokens of calib/c4_en_train_1200.jsonl, seed 0, and saved in bfloat16. A pattern's
-sequential cases start from one model, pruned by the default method; "joint" prunes and rounds the dense model in one
-sweep. int4 and int3 have groups of 64 (the width, 576, is no multiple of 128). Perplexity as in benchmarks/training.py.
+sequential cases start from one model, pruned by the default method or by SparseGPT; "joint" prunes and rounds the dense
+model in one sweep, by SparseGPT's rule. int4 and int3 have groups of 64 (the width, 576, is no multiple of 128). Perplexity as in benchmarks/training.py.
 Sizes are those of the safetensors files as they run, and of the same packed by ``secateur export``. Texts are found
 through SECATEUR_DATA. Every finished case is one line of benchmarks/results/quantization.jsonl.
 """
@@ -42,10 +42,12 @@ SCHEMES: dict[str, dict[str, Any]] = {
 }
 OF_DENSE = ("bf16", "int8", "W8A8", "int4", "int3")
 OF_PRUNED = ("bf16", "W8A8", "int4", "int4, awq", "int4, joint")
+OF_SPARSEGPT = ("bf16", "int4")
 
 
 class Case(NamedTuple):
     pattern: str
+    """One of ``PATTERNS``, by the default method, or "PATTERN, sparsegpt"."""
     scheme: str
 
     @property
@@ -57,15 +59,20 @@ def cases() -> Iterator[Case]:
     for pattern in PATTERNS:
         for scheme in OF_DENSE if pattern == "dense" else OF_PRUNED:
             yield Case(pattern, scheme)
+    for pattern in PATTERNS:
+        for scheme in () if pattern == "dense" else OF_SPARSEGPT:
+            yield Case(f"{pattern}, sparsegpt", scheme)
 
 
 def pruned(pattern: str) -> Path:
     """The model that a pattern's sequential cases start from; made where it is not there yet."""
     from secateur import PruneConfig, prune
+    from secateur.config import method_from_dict
 
-    place = OUT / pattern
+    place, (name, _, method) = OUT / pattern, pattern.partition(", ")
     if not (place / "config.json").exists():
-        prune("demo", PruneConfig(**PATTERNS[pattern], **SHARED), out=place, resume=True)
+        config = PruneConfig(method_from_dict(method or "sparsellm"), **PATTERNS[name], **SHARED)
+        prune("demo", config, out=place, resume=True)
     return place
 
 
@@ -154,10 +161,10 @@ def plot() -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     rows = finished()
-    for pattern in PATTERNS:
-        own = sorted((bits(row), row["wikitext2"]["ppl"], key) for key, row in rows.items() if key.startswith(pattern))
-        if not own:
-            continue
+    for pattern in dict.fromkeys(key.split(" | ")[0] for key in rows):
+        own = sorted(
+            (bits(row), row["wikitext2"]["ppl"], key) for key, row in rows.items() if key.split(" | ")[0] == pattern
+        )
         axes.plot([x for x, _, _ in own], [y for _, y, _ in own], "o-" if pattern == "dense" else "o", label=pattern)
         for x, y, key in own:
             axes.annotate(key.split(" | ")[1], (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
