@@ -6,9 +6,10 @@
 
 Everything is calibrated on 16 x 2048 tokens of calib/c4_en_train_1200.jsonl, seed 0, and saved in bfloat16. A pattern's
 sequential cases start from one model, pruned by the default method or by SparseGPT; "joint" prunes and rounds the dense
-model in one sweep, by SparseGPT's rule. int4 and int3 have groups of 64 (the width, 576, is no multiple of 128). Perplexity as in benchmarks/training.py.
-Sizes are those of the safetensors files as they run, and of the same packed by ``secateur export``. Texts are found
-through SECATEUR_DATA. Every finished case is one line of benchmarks/results/quantization.jsonl.
+model in one sweep, by SparseGPT's rule. int4 and int3 have groups of 64 (the width, 576, is no multiple of 128).
+Perplexity as in benchmarks/training.py. Sizes are those of the safetensors files as they run, and of the same packed by
+``secateur export``. Texts are found through SECATEUR_DATA. Every finished case is one line of
+benchmarks/results/quantization.jsonl.
 """
 
 import argparse
