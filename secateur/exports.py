@@ -90,7 +90,9 @@ def _two_of_four(source: str, out: Path, options: ExportOptions, watch: Stopwatc
     told = export_sparse24(Path(source), out, watch)
     weights = sum(map(math.prod, told["matrices"].values()))
     others = competitors(2 * (told["elements"] - weights), weights)
-    return {**told, "alternatives": others, "warnings": smaller_lines(told["packed_bytes"], others)}
+    left = told["left_dense"]
+    said = [f"{len(left)} promised matrices are stored with their zeros, the first: {left[0]}"] if left else []
+    return {**told, "alternatives": others, "warnings": said + smaller_lines(told["packed_bytes"], others)}
 
 
 def _check_codes(source: str) -> None:

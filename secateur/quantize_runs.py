@@ -23,7 +23,7 @@ from secateur.core.pattern import NM, Pattern, Unstructured, check_mask
 from secateur.core.plan import Plan, Target
 from secateur.data.sources import Texts, read_texts
 from secateur.errors import ArtefactError, UsageError
-from secateur.evaluation.inspect import Checkpoint, Inspection, read_promises
+from secateur.evaluation.inspect import Checkpoint, Inherited, Inspection, read_promises
 from secateur.export.directory import file_bytes, stored_sizes
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.branches import attached
@@ -47,6 +47,7 @@ from secateur.runs import (
     VERIFY_TOKENS,
     Result,
     checked,
+    inherited_by,
     lasting,
     open_model,
     resolve_device,
@@ -77,6 +78,7 @@ class QuantizeRun:
     """Each linear with the pattern that its zeros follow, or are to follow."""
     kept: dict[str, Tensor]
     """Bit i of a linear's entry: element i of its weight was not zero."""
+    inherited: Inherited
     watch: Stopwatch
 
     @classmethod
@@ -105,7 +107,8 @@ class QuantizeRun:
         if config.method != "joint":
             plan = Plan(dict(_as_it_is(selection.plan, linears, loaded.source)))
             selection = replace(selection, plan=plan)
-        return cls(loaded, adapter, texts, windows, settled, scheme, selection, kept, watch)
+        rest = inherited_by(loaded, selection.plan)
+        return cls(loaded, adapter, texts, windows, settled, scheme, selection, kept, rest, watch)
 
     @property
     def plan(self) -> Plan:
@@ -184,7 +187,7 @@ class QuantizeRun:
         loaded, linears = self.loaded, self.linears
         divided = {place: loaded.model.get_submodule(place) for place in divisions(loaded.model)}
         changed = [f"{place}.{name}" for place, module in divided.items() for name, _ in module.named_parameters()]
-        promises = promises_of(loaded.model, self.plan) | {"zeros": self.zeros, "changed": changed}
+        promises = promises_of(loaded.model, self.plan, self.inherited, self.zeros) | {"changed": changed}
         with self.watch.stage("save"):
             write(loaded.model, loaded.tokenizer, folder, linears, self.scheme, self.config.activations)
             write_artefact(
@@ -205,7 +208,7 @@ class QuantizeRun:
 
     @property
     def zeros(self) -> int:
-        """That will be there at least."""
+        """That will be there at least, in what is quantized."""
         if self.config.method == "joint":
             return self.plan.zeros
         return sum(self.plan[name].size - int(bits_set(bits)) for name, bits in self.kept.items())

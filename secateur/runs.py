@@ -20,7 +20,7 @@ from secateur.core.sparsellm import SparseLLM
 from secateur.data.sources import KNOWN, Texts, read_texts
 from secateur.data.tokens import check_seq_len, sample_windows, tokenize
 from secateur.errors import ArtefactError, UsageError
-from secateur.evaluation.inspect import Inspection, inspect
+from secateur.evaluation.inspect import Inherited, Inspection, inherited, inspect
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.branches import attached, refuse_branches
 from secateur.models.load import Loaded, check_device, fingerprint, load
@@ -36,7 +36,7 @@ from secateur.pruning.selection import Selection, select
 from secateur.pruning.work import PROBE_TOKENS
 from secateur.pruning.workdir import Workdir, opened
 from secateur.quantize_config import QuantizeConfig
-from secateur.report.artefact import promises_of, read_records, write_artefact, write_report
+from secateur.report.artefact import promised, promises_of, read_records, write_artefact, write_report
 from secateur.report.facts import Stopwatch, versions
 from secateur.report.run_report import run_report
 from secateur.report.stored_page import told_room
@@ -81,6 +81,7 @@ class PruneRun:
     config: PruneConfig
     """With nothing left to circumstances."""
     selection: Selection
+    inherited: Inherited
     watch: Stopwatch
     ranks: Ranks
 
@@ -105,7 +106,8 @@ class PruneRun:
         adapter = DecoderAdapter(loaded.model)
         selection = select_to_prune(adapter, config)
         settled = _settled(config, loaded, device, len(adapter.blocks))
-        return cls(loaded, adapter, texts, windows, settled, selection, watch, ranks)
+        rest = inherited_by(loaded, selection.plan)
+        return cls(loaded, adapter, texts, windows, settled, selection, rest, watch, ranks)
 
     @property
     def plan(self) -> Plan:
@@ -188,7 +190,8 @@ class PruneRun:
 
     def save(self, folder: Path, records: list[BlockRecord]) -> Inspection:
         """Fill a directory, and what was found when it was opened again."""
-        source, promises = lasting(self.loaded.source), promises_of(self.loaded.model, self.plan)
+        source = lasting(self.loaded.source)
+        promises = promises_of(self.loaded.model, self.plan, self.inherited)
         with self.watch.stage("save"):
             save(self.loaded.model, self.loaded.tokenizer, folder)
             write_artefact(
@@ -251,6 +254,13 @@ def open_model(
         raise UsageError("a model given as an object needs its tokenizer; pass tokenizer=...")
     model.requires_grad_(False).eval()
     return Loaded(model, tokenizer, model.name_or_path or type(model).__name__, fingerprint(model))
+
+
+def inherited_by(loaded: Loaded, plan: Plan) -> Inherited:
+    """What the model's directory promises of matrices outside the plan."""
+    if loaded.folder is None:
+        return Inherited()
+    return inherited(loaded.folder, {one.name for one in promised(loaded.model, plan)})
 
 
 def windows_of(loaded: Loaded, texts: Texts, config: PruneConfig | QuantizeConfig) -> torch.Tensor:

@@ -22,20 +22,21 @@ from secateur.core.sparse_adamw import NEED_INPUTS
 from secateur.data.sources import Texts, read_texts
 from secateur.data.tokens import check_seq_len
 from secateur.errors import UsageError
-from secateur.evaluation.inspect import Checkpoint, Inspection
+from secateur.evaluation.inspect import Checkpoint, Inherited, Inspection, read_promises
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.head import check_head
 from secateur.models.load import Loaded
 from secateur.models.quiet import quiet
 from secateur.models.save import clear_leftovers, save, staged
 from secateur.pruning.selection import Selection
-from secateur.report.artefact import promises_of, write_artefact, write_report
+from secateur.report.artefact import promised, promises_of, write_artefact, write_report
 from secateur.report.facts import Stopwatch, versions
 from secateur.report.stored_page import told_room
 from secateur.runs import (
     VERIFY_TOKENS,
     Result,
     checked,
+    inherited_by,
     lasting,
     open_model,
     resolve_device,
@@ -77,6 +78,7 @@ class TrainRun:
     """With nothing left to circumstances."""
     adapter: DecoderAdapter
     selection: Selection
+    inherited: Inherited
     loop: Loop
     watch: Stopwatch
 
@@ -104,8 +106,9 @@ class TrainRun:
             check_head(own.model, batches.holdout[:1, :VERIFY_TOKENS].long())
         settled = _settled(config, own, device, precision, len(adapter.blocks))
         torch.manual_seed(config.seed)  # dropout, where a model has it
+        rest = inherited_by(own, selection.plan) if config.lora else Inherited()
         loop = _loop(own, other, adapter, selection.plan, batches, settled, accelerator)
-        return cls(own, other, texts, batches, settled, adapter, selection, loop, watch)
+        return cls(own, other, texts, batches, settled, adapter, selection, rest, loop, watch)
 
     @property
     def plan(self) -> Plan:
@@ -189,7 +192,7 @@ class TrainRun:
     def save(self, folder: Path, records: list[StepRecord], kept: Plan) -> Inspection:
         """Fill a directory, and what was found when it was opened again."""
         model = self.student.model
-        promises = promises_of(model, kept) | ({"zeros": kept.zeros} if self.config.scope == "global" else {})
+        promises = promises_of(model, kept, self.inherited, kept.zeros if self.config.scope == "global" else None)
         with self.watch.stage("save"):
             model.requires_grad_(False).eval()
             save(model, self.student.tokenizer, folder)
@@ -203,6 +206,19 @@ class TrainRun:
                 promises=promises,
             )
         return checked(folder, self.watch)
+
+    def given_up(self) -> list[str]:
+        """A line where matrices that the student's directory promises sparse are trained as dense ones."""
+        folder = self.student.folder
+        promises = read_promises(folder) if folder and not self.config.lora else None
+        own = {one.name for one in promised(self.student.model, self.plan)}
+        names = [one.name for one in promises.linears if one.name not in own] if promises else []
+        lost = (
+            f"{len(names)} matrices that {self.student.source} promises sparse were outside the plan and trained dense"
+        )
+        return (
+            [f"{lost}, the first {names[0]}: their zeros are gone; include them, or train with lora"] if names else []
+        )
 
     def report(self, records: list[StepRecord], noted: dict[str, Any], kept: Plan) -> dict[str, Any]:
         """All that ``report.json`` holds; seconds and memory are those of this process."""
@@ -227,7 +243,8 @@ class TrainRun:
             "data": [{**text.provenance, "name": text.name} for text in self.texts],
             "warnings": warnings(
                 config.method, records, Outset(**noted["outset"]), self.student.model.dtype, self.loop.skipped
-            ),
+            )
+            + self.given_up(),
             "low_rank": None,
             "room": None,
             "versions": versions(),

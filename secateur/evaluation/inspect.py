@@ -21,7 +21,7 @@ baseline's, unless it was to be changed.
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from secateur.core.pattern import Pattern, check_mask, pattern_from_dict
+from secateur.core.pattern import Pattern, check_mask, pattern_from_dict, pattern_to_dict
 from secateur.errors import ArtefactError
 from secateur.evaluation.branches import LowRank, broken_branches, cost_of, read_branches
 from secateur.models.headers import weight_files
@@ -86,6 +86,11 @@ class Promise:
         *stack, start, stop = self.at
         return tensor[(*stack, slice(start, stop))]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Its entry in ``promise.json``, under its name."""
+        entry = {"pattern": pattern_to_dict(self.pattern), "transposed": self.transposed}
+        return {**entry, "part": {"of": self.tensor, "at": self.at}} if self.at else entry
+
 
 @dataclass(frozen=True)
 class Promises:
@@ -99,6 +104,15 @@ class Promises:
     """In all linears together; 0 where nothing is said of them together."""
     changed: tuple[str, ...] = ()
     """Stored tensors that the run changed on purpose, planned or not."""
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """What a directory promises of matrices that a run leaves as they are: the result promises it again."""
+
+    promises: tuple[Promise, ...] = ()
+    zeros: int = 0
+    """In all of these matrices together."""
 
 
 @dataclass(frozen=True)
@@ -168,9 +182,7 @@ def inspect(
     promises = read_promises(directory)
     base = Checkpoint(Path(baseline)) if isinstance(baseline, str | Path) else baseline
     linears, tied, changed = (promises.linears, promises.tied, promises.changed) if promises else ([], [], ())
-    held: dict[str, list[Promise]] = defaultdict(list)
-    for promise in linears:
-        held[promise.tensor].append(promise)
+    held = _by_tensor(linears)
     report = Inspection(str(directory), promised=promises is not None, tied=tied)
     for name, tensor in checkpoint.items():
         if check is not None:
@@ -194,6 +206,30 @@ def inspect(
         report.broken += [f"{name}: only in the baseline" for name in sorted(theirs - ours - excused)]
         report.broken += [f"{name}: not in the baseline" for name in sorted(ours - theirs - excused)]
     return report
+
+
+def inherited(directory: Path, changed: Collection[str]) -> Inherited:
+    """The promises of all but the ``changed``, by their names; ArtefactError where the directory breaks one itself."""
+    promises, checkpoint = read_promises(directory), Checkpoint(directory)
+    kept = tuple(one for one in promises.linears if one.name not in changed) if promises else ()
+    report = Inspection(str(directory), promised=True)
+    for name, held in _by_tensor(kept).items():
+        if name in checkpoint:
+            _look_at(name, checkpoint[name], held, report)
+        else:
+            report.broken.append(f"{name}: promised but not stored")
+    if report.broken:
+        raise ArtefactError(
+            f"{directory} breaks a promise of its own, {report.broken[0]}; copy it again, or remove its {PROMISE}"
+        )
+    return Inherited(kept, report.zeros)
+
+
+def _by_tensor(promises: Iterable[Promise]) -> dict[str, list[Promise]]:
+    held: dict[str, list[Promise]] = defaultdict(list)
+    for promise in promises:
+        held[promise.tensor].append(promise)
+    return held
 
 
 class Counts(NamedTuple):

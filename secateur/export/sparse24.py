@@ -32,13 +32,13 @@ LOADER = "sparse24_loader.py"
 def export_sparse24(source: Path, out: Path, watch: Watch) -> dict[str, Any]:
     """Write `out`, read it back, and only then give it its name. Stages: pack, check.
 
-    UsageError naming the first tensor that was promised and is not 2:4 or no linear, where none is 2:4, and for
-    low-rank branches.
+    UsageError naming the first tensor that was promised to be 2:4 and is not, or what was promised otherwise or is no
+    linear where that is all; where none is 2:4, and for low-rank branches.
     """
     names = dense_names(source)
     refuse_stored_branches(source)
     linears = linear_weights(source)
-    promised = _promised(source, linears)
+    promised, others = _promised(source, linears)
     sizes = {"dense_bytes": 0, "packed_bytes": 0}
     matrices: dict[str, list[int]] = {}
     with rebuilt(source, out, [*names, INDEX]) as stage:
@@ -57,7 +57,9 @@ def export_sparse24(source: Path, out: Path, watch: Watch) -> dict[str, Any]:
             _check(source, stage, names)
         elements, bits = _bits(stored_sizes(stage), matrices, sizes["packed_bytes"])
     share = sizes["packed_bytes"] / sizes["dense_bytes"]
-    return {**sizes, "share": share, "elements": elements, "bits_per_weight": bits, "matrices": matrices}
+    left = [f"{name} {why}" for name, why in others.items() if name not in matrices]
+    told = {**sizes, "share": share, "elements": elements, "bits_per_weight": bits, "matrices": matrices}
+    return {**told, "left_dense": left}
 
 
 def _bits(sizes: Mapping[str, Size], matrices: Collection[str], file_bytes: int) -> tuple[int, dict[str, float]]:
@@ -69,31 +71,36 @@ def _bits(sizes: Mapping[str, Size], matrices: Collection[str], file_bytes: int)
     return weights, {"sparse": sparse, "whole": 8 * file_bytes / weights}
 
 
-def _promised(source: Path, own: set[str]) -> set[str] | None:
-    """Tensors that were pruned to a pattern that is 2:4; None where nothing is known. UsageError for other patterns."""
+def _promised(source: Path, own: set[str]) -> tuple[set[str], dict[str, str]]:
+    """Linears that are promised to be 2:4, and why the other promised matrices need not be packed.
+
+    UsageError where these are all.
+    """
     path = source / PROMISE
-    if not path.is_file():
-        return None
+    held: set[str] = set()
+    others: dict[str, str] = {}
     try:
-        linears = json.loads(path.read_text(encoding="utf-8"))["linears"]
+        linears = json.loads(path.read_text(encoding="utf-8"))["linears"] if path.is_file() else {}
         for name, entry in linears.items():
             pattern = pattern_from_dict(entry["pattern"])
             if not (isinstance(pattern, NM) and pattern.m == 4 and pattern.n <= 2):
-                raise UsageError(f"{name} is not 2:4 but {pattern}; prune with --pattern 2:4, or take another target")
-            if name not in own or entry.get("part"):
-                raise UsageError(f"{name} is no linear of its own in the model, which torch.sparse wants")
+                others[name] = f"is not 2:4 but {pattern}"
+            elif name not in own or entry.get("part"):
+                others[name] = "is no linear of its own in the model, which torch.sparse wants"
+            else:
+                held.add(name)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UsageError):
-            raise
         raise ArtefactError(f"{path}: not a promise file ({type(error).__name__}: {error}); prune again") from error
-    return set(linears)
+    if others and not held:
+        name, why = next(iter(others.items()))
+        raise UsageError(f"{name} {why}; prune with --pattern 2:4, or take another target")
+    return held, others
 
 
-def _pack_file(source: Path, target: Path, promised: set[str] | None, linears: set[str]) -> dict[str, list[int]]:
+def _pack_file(source: Path, target: Path, promised: set[str], linears: set[str]) -> dict[str, list[int]]:
     tensors, shapes = load_file(source), {}
     for name, W in list(tensors.items()):
-        fits = name in linears and _happens_to_be(W, f"{name}_scale" in tensors)
-        if not (name in promised if promised is not None else fits):
+        if name not in promised and not (name in linears and _happens_to_be(W, f"{name}_scale" in tensors)):
             continue
         try:
             values, places = pack(W)

@@ -76,6 +76,8 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
     source: str
     fingerprint: str
+    folder: Path | None = None
+    """The directory that was read. None of a GGUF file and of a model given as an object, which may have changed."""
 
 
 class Place(NamedTuple):
@@ -110,6 +112,8 @@ def load(
         with in_one_line(f"the tokenizer of {source}", place.advice):
             tokenizer = AutoTokenizer.from_pretrained(place.name, trust_remote_code=False, **place.options)
     forget_gguf(model)
+    if dtype == "float16" and not is_offloaded(model):
+        _clean_zeros(model)
     if folder := branches_folder(place):
         if is_offloaded(model):
             raise UsageError(
@@ -118,7 +122,14 @@ def load(
         attach(model, load_branches(folder))
     model.requires_grad_(False).eval()
     model.config.use_cache = False
-    return Loaded(model, tokenizer, source, fingerprint(model))
+    return Loaded(model, tokenizer, source, fingerprint(model), None if place.options else Path(place.name))
+
+
+def _clean_zeros(model: PreTrainedModel) -> None:
+    """What float16 is too coarse for became zero, and -0.0 from below, which breaks a promise."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.detach().add_(0.0)
 
 
 def fingerprint(model: PreTrainedModel) -> str:

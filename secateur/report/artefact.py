@@ -16,7 +16,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from secateur.core.pattern import pattern_to_dict
 from secateur.models.durable import refuse_other
 from secateur.report.jsonable import dumps
 
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from secateur.core.plan import Plan
+    from secateur.evaluation.inspect import Inherited, Promise
     from secateur.pruning.oneshot import BlockRecord
 
 
@@ -73,22 +73,32 @@ def read_records(folder: Path) -> list["BlockRecord"]:
     return [block_record(json.loads(line)) for line in lines]
 
 
-def promises_of(model: "PreTrainedModel", plan: "Plan") -> dict[str, Any]:
-    """What the saved weights will be held to, by the names and parts in which they are stored.
+def promises_of(
+    model: "PreTrainedModel", plan: "Plan", inherited: "Inherited", zeros: int | None = None
+) -> dict[str, Any]:
+    """What the saved weights will be held to. ``zeros``: of all planned linears, where they are promised together."""
+    from secateur.models.branches import attached
+
+    linears = {one.name: one.to_dict() for one in (*promised(model, plan), *inherited.promises)}
+    ranks = {name: branch.X.shape[0] for name, branch in attached(model).items()}
+    together = {} if zeros is None else {"zeros": zeros + inherited.zeros}
+    return {"linears": linears, "tied": _tied(model)} | ({"low_rank": ranks} if ranks else {}) | together
+
+
+def promised(model: "PreTrainedModel", plan: "Plan") -> list["Promise"]:
+    """A plan's promises by the names and parts in which its linears are stored.
 
     Any linear that is neither an nn.Linear nor a part of fused experts (so a Conv1D) is stored as (in, out).
     """
-    from secateur.models.branches import attached
+    from secateur.evaluation.inspect import Promise
     from secateur.models.linears import stored_transposed
     from secateur.models.stored import stored
 
     transposed = {name for name, module in model.named_modules() if stored_transposed(module)}
-    linears = {}
-    for name, (tensor, part) in stored(model, plan).items():
-        entry = {"pattern": pattern_to_dict(plan[name].pattern), "transposed": name in transposed}
-        linears |= {name: {**entry, "part": {"of": tensor, "at": part}}} if part else {tensor: entry}
-    ranks = {name: branch.X.shape[0] for name, branch in attached(model).items()}
-    return {"linears": linears, "tied": _tied(model)} | ({"low_rank": ranks} if ranks else {})
+    return [
+        Promise(name if part else tensor, plan[name].pattern, name in transposed, tensor, part)
+        for name, (tensor, part) in stored(model, plan).items()
+    ]
 
 
 def _tied(model: "nn.Module") -> list[list[str]]:

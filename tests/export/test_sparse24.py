@@ -64,6 +64,17 @@ def test_without_a_promise_what_is_two_of_four_is_packed(pruned, tmp_path):
     assert len(export_to(pruned, "torch-2:4", tmp_path / "out")["matrices"]) == 14
 
 
+def test_what_is_promised_otherwise_is_named_and_stays_dense(pruned, tmp_path):
+    other_pattern(pruned, "up_proj")
+    held = load_file(pruned / "model.safetensors")
+    held["model.layers.1.mlp.up_proj.weight"][0, :4] = 1
+    save_file(held, pruned / "model.safetensors", metadata={"format": "pt"})
+    told = export_to(pruned, "torch-2:4", tmp_path / "out")
+    assert len(told["matrices"]) == 13, "one of the two is 2:4 all the same"
+    assert "1 promised matrices are stored with their zeros, the first: model.layers.1" in told["warnings"][0]
+    assert "up_proj.weight is not 2:4 but 50%" in told["warnings"][0]
+
+
 def test_a_fresh_process_reads_it_without_secateur(pruned, exported):
     """The reader that lies in the directory needs torch and safetensors."""
     code = (
@@ -152,10 +163,12 @@ def test_without_a_gpu(exported):
         load_sparse(exported)
 
 
-def other_pattern(pruned: Path) -> None:
+def other_pattern(pruned: Path, part: str = "") -> None:
     path = pruned / "secateur" / "promise.json"
     told = json.loads(path.read_text())
-    told["linears"]["model.layers.1.mlp.up_proj.weight"]["pattern"] = pattern_to_dict(Unstructured(0.5))
+    for name in told["linears"]:
+        if part in name:
+            told["linears"][name]["pattern"] = pattern_to_dict(Unstructured(0.5))
     path.write_text(json.dumps(told))
 
 
@@ -202,7 +215,7 @@ def test_experts_that_the_model_holds_fused_are_not_packed(moe, tmp_path):
     ("spoil", "kind", "said"),
     [
         (branched, UsageError, r"has low-rank branches, which this target cannot carry; prune without --low-rank"),
-        (other_pattern, UsageError, r"model.layers.1.mlp.up_proj.weight is not 2:4 but 50%"),
+        (other_pattern, UsageError, r"model.layers.0.*weight is not 2:4 but 50%; prune with --pattern 2:4"),
         (broken_weight, UsageError, r"model.layers.0.self_attn.k_proj.weight is not 2:4: row 3 has more than 2"),
         (dense, UsageError, r"model\..*weight is not 2:4, nor is any matrix of"),
         (no_promise, ArtefactError, r"not a promise file"),
