@@ -35,6 +35,8 @@ from secateur.report.runtimes import competitors, smaller_lines
 from secateur.teachers import dense_original
 
 Path_ = str | os.PathLike[str]
+CALIBRATED = ("openvino",)
+"""Targets that look at ``ExportOptions``."""
 LOST = 0.05
 """Log-perplexity above the original's from which on int8 is warned of."""
 
@@ -66,10 +68,14 @@ def export_to(
 ) -> dict[str, Any]:
     """Write `directory` as `target` to `out`, a directory that does not exist yet, and read it back.
 
-    UsageError for an unknown target, one that does not fit, or an occupied `out`; ArtefactError for a directory that is
-    not sound; DeviceError where something is not installed.
+    UsageError for an unknown target, one that does not fit or has no use for `options`, or an occupied `out`;
+    ArtefactError for a directory that is not sound; DeviceError where something is not installed.
     """
     check_target(target)
+    if options and target not in CALIBRATED:
+        raise UsageError(
+            f"data, samples and seq-len calibrate {', '.join(CALIBRATED)} and not {target}; leave them out"
+        )
     watch = Stopwatch(progress)
     told = WRITERS[target](os.fspath(directory), Path(out), options or ExportOptions(), watch)
     seconds = watch.seconds

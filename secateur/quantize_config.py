@@ -102,6 +102,7 @@ class QuantizeConfig:
         if not 0 <= self.strength <= 1:
             raise ValueError(f"strength is a share, in [0, 1]; got {self.strength}")
         self._check_pattern()
+        self._check_used()
         least = {"samples": 1, "seq_len": 2, "seed": 0, "batch": 1, "hidden_memory": 0, "damp": 0}
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
@@ -118,6 +119,18 @@ class QuantizeConfig:
             )
         if self.method == "joint":
             tapered(make_pattern(self.pattern or "unstructured", self.sparsity), 0.0, self.taper)
+
+    def _check_used(self) -> None:
+        idle = {
+            "damp": (self.method == "rtn", "rtn solves nothing that damp would ease; leave it out, or take gptq"),
+            "strength": (
+                self.balance != "smooth",
+                "strength is smooth's alone; leave it out, or give --balance smooth",
+            ),
+        }
+        for name, (unused, why) in idle.items():
+            if unused and getattr(self, name) != getattr(QuantizeConfig, name):
+                raise ValueError(why)
 
     @property
     def target(self) -> Pattern:

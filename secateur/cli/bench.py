@@ -44,7 +44,7 @@ def _numbers(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ..
 @click.option("--rounds", type=int, default=5, show_default=True, help="Rounds that count, after one that does not.")
 @click.option("--threads", type=click.IntRange(min=1), help="Of each model; default OMP_NUM_THREADS, or all cores.")
 @click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="transformers only."
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Of transformers' models."
 )
 @dtype_option
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Also draw it, to this .svg file.")

@@ -112,6 +112,8 @@ def bench(dense: str, pruned: str, options: BenchOptions, update: Callable[[int,
     """
     sources = (dense, pruned)
     runtimes = [runtime_of(source, options.runtime) for source in sources]
+    if "transformers" not in runtimes:
+        _refuse_unused(options, runtimes)
     for source, runtime in zip(sources, runtimes, strict=True):
         RUNTIMES[runtime].check(source, options.device)
     load = os.getloadavg()[0]
@@ -136,6 +138,15 @@ def bench(dense: str, pruned: str, options: BenchOptions, update: Callable[[int,
     cells = [asdict(_cell(phase, shape, taken[shape])) for phase in PHASES for shape in options.shapes]
     used = {**asdict(options), "threads": options.used_threads}
     return {"dense": models[0], "pruned": models[1], "cells": cells, "options": used, "machine": _machine(load)}
+
+
+def _refuse_unused(options: BenchOptions, runtimes: Sequence[str]) -> None:
+    others = " and ".join(sorted({*runtimes}))
+    for name in ("device", "dtype"):
+        if (value := getattr(options, name)) != getattr(BenchOptions, name):
+            raise UsageError(
+                f"--{name} {value} is for models that transformers runs; here it is up to {others}, leave it out"
+            )
 
 
 Rounds = list[tuple[dict[str, Any], dict[str, Any]]]

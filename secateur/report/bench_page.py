@@ -80,6 +80,8 @@ def _milliseconds(spread: dict[str, float]) -> str:
 
 def refuse_no_plot(path: Path) -> None:
     """UsageError before anything is measured that could not be drawn."""
+    if path.suffix != ".svg":
+        raise UsageError(f"--plot {path}, but what is drawn is an .svg file; give it that ending")
     if not os.access(path.parent, os.W_OK):
         raise UsageError(
             f"--plot {path}, but nothing can be written to {path.parent}; make that folder, or name another"

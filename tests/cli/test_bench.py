@@ -116,12 +116,33 @@ def not_two_of_four(pruned, out):
             "1.mlp.down_proj.weight is not 2:4: row 0",
         ),
         (("export", "{nowhere}", "--to", "torch-2:4", "--out", "{out}"), 1, "no directory"),
+        (
+            ("export", "{good}", "--to", "torch-2:4", "--samples", "3", "--out", "{out}"),
+            2,
+            "openvino and not torch-2:4",
+        ),
+        (
+            ("export", "{good}", "--to", "sparse-safetensors", "--data", "{nowhere}", "--out", "{out}"),
+            2,
+            "calibrate openvino and not sparse-safetensors; leave them out",
+        ),
         (("bench", "{good}", "{good}", "--runtime", "openvino"), 2, "is not for openvino; first run `secateur export"),
         (("bench", "{good}", "{good}", "--batch", "1;8"), 2, "wanted numbers with commas"),
         (("bench", "{good}", "{good}", "--prompt", "8,0"), 2, "prompts (8, 0); wanted at least one"),
         (("bench", "{good}", "{good}", "--rounds", "0"), 2, "rounds 0; wanted at least 1"),
         (("bench", "{nowhere}", "{good}"), 1, "there is nothing at"),
         (("bench", "{good}", "{good}", "--plot", "{nowhere}/bench.svg"), 2, "nothing can be written to"),
+        (
+            ("bench", "{good}", "{good}", "--plot", "bench.png"),
+            2,
+            "--plot bench.png, but what is drawn is an .svg file",
+        ),
+        (("bench", "{graph}", "{graph}", "--device", "cuda"), 2, "--device cuda is for models that transformers runs"),
+        (
+            ("bench", "{graph}", "{graph}", "--dtype", "float32"),
+            2,
+            "transformers runs; here it is up to openvino",
+        ),
         (("bench", "{good}", "{good}", "--device", "cuda"), 1, "torch sees no CUDA device here; use --device cpu"),
     ],
 )
@@ -129,6 +150,9 @@ def test_what_is_refused(words, code, said, run, two_of_four, tmp_path, monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     places = {"good": two_of_four, "bad": tmp_path / "bad", "out": tmp_path / "out", "nowhere": tmp_path / "nowhere"}
     not_two_of_four(two_of_four, tmp_path / "bad")
+    places["graph"] = tmp_path / "graph"
+    places["graph"].mkdir()
+    (places["graph"] / "openvino_model.xml").write_text("<net/>")
     ran = run(*(word.format(**places) for word in words))
     assert ran.code == code
     assert said in ran.error

@@ -63,6 +63,8 @@ REFUSED = {
     "unknown method": (["--method", "awq"], 2, ["method", "'awq'", "gptq"]),
     "pattern without joint": (["--pattern", "2:4"], 2, ["gptq keeps the zeros", "--method joint"]),
     "taper without joint": (["--set", "taper=0.1"], 2, ["gptq keeps the zeros", "--method joint"]),
+    "damp of rtn": (["--method", "rtn", "--set", "damp=0.5"], 2, ["rtn solves nothing", "take gptq"]),
+    "strength of awq": (["--balance", "awq", "--set", "strength=0.9"], 2, ["smooth's alone", "--balance smooth"]),
     "joint without a pattern": (["--method", "joint"], 2, ["needs a sparsity"]),
     "unknown key": (["--set", "bit=4"], 2, ["'bit'", "did you mean bits"]),
     "somebody's out": (["--out", "theirs"], 2, ["theirs", "holds file"]),
