@@ -6,9 +6,10 @@ multiplies. So what is measured is the arithmetic of the format, at the speed of
 """
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from secateur.errors import ModelError
 
@@ -28,10 +29,8 @@ def prepare(config: PretrainedConfig, source: str) -> None:
     import loguru
 
     loguru.logger.disable(PACKAGE)
-    told = _told(config)
-    groups = told.get("config_groups") or {}
-    if not any(isinstance(group, dict) and group.get("input_activations") for group in groups.values()):
-        config.quantization_config = {**told, "dequantize": True}
+    if not _rounds_inputs(config):
+        config.quantization_config = {**_told(config), "dequantize": True}
 
 
 def decompress(model: PreTrainedModel) -> None:
@@ -39,6 +38,19 @@ def decompress(model: PreTrainedModel) -> None:
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.quantization_config.dequantize:
         quantizer.compressor.decompress_model(model)
+
+
+def made_of_codes(folder: Path | None) -> str | None:
+    """What becomes of a directory's codes when it is opened so; None where it holds none."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False) if folder else None
+    if config is None or not holds_codes(config):
+        return None
+    return "codes decoded when opened" + (", inputs rounded by PyTorch" if _rounds_inputs(config) else "")
+
+
+def _rounds_inputs(config: PretrainedConfig) -> bool:
+    groups = _told(config).get("config_groups") or {}
+    return any(isinstance(group, dict) and group.get("input_activations") for group in groups.values())
 
 
 def _told(config: PretrainedConfig) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache
 from secateur.errors import DeviceError, UsageError
 from secateur.models.branches import FOLDER
 from secateur.models.caches import cache_argument
+from secateur.models.codes import made_of_codes
 from secateur.models.load import check_device, load, locate
 from secateur.models.openvino import MODEL, WEIGHTS, OpenVINOModel, is_openvino, lacks_amx, openvino, read_runtime
 from secateur.models.sparse24 import is_sparse24, load_sparse
@@ -98,9 +99,10 @@ class OpenVINORunner:
 
 def _transformers(opened: Opened) -> Runner:
     torch.set_num_threads(opened.threads)
-    model = load(opened.source, dtype=opened.dtype, codes=True).model
-    torch.nn.Module.to(model, opened.device)
-    return TorchRunner(model, {})
+    loaded = load(opened.source, dtype=opened.dtype, codes=True)
+    torch.nn.Module.to(loaded.model, opened.device)
+    codes = made_of_codes(loaded.folder)
+    return TorchRunner(loaded.model, {"codes": codes} if codes else {})
 
 
 def _openvino(opened: Opened) -> Runner:

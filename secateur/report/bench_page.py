@@ -43,14 +43,23 @@ def bench_page(told: dict[str, Any]) -> list[RenderableType]:
 
 def notes(told: dict[str, Any]) -> list[str]:
     """What one must know to read the numbers."""
+    models = [told["dense"], told["pruned"]]
     said = ["the machine was busy before: these numbers were taken under load"] if told["machine"]["busy"] else []
-    return [*said, *dict.fromkeys(filter(None, (told[name].get("lacks") for name in ("dense", "pruned"))))]
+    said += [
+        f"{model['source']} is quantized, {model['codes']}: what its format computes, not its speed where codes are "
+        "multiplied"
+        for model in models
+        if "codes" in model
+    ]
+    return [*said, *dict.fromkeys(filter(None, (model.get("lacks") for model in models)))]
 
 
 def _model(model: dict[str, Any]) -> str:
     words = f"{model['source']}: {model['runtime']}, {model['dtype']}, {model['device']}"
     if "kernels" in model:
         return f"{words}; {kernels(model['kernels'])}"
+    if "codes" in model:
+        return f"{words}; {model['codes']}"
     if "chosen" in model:
         sparse = [one for one in model["chosen"] if one["chosen"] != "dense"]
         return f"{words}; {len(sparse)} of {len(model['chosen'])} matrices are multiplied sparse"

@@ -158,3 +158,25 @@ def test_what_is_refused(words, code, said, run, two_of_four, tmp_path, monkeypa
     assert said in ran.error
     assert "\n" not in ran.error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "codes decoded when opened"),
+        (["--bits", 8, "--activations", "dynamic"], "codes decoded when opened, inputs rounded by PyTorch"),
+    ],
+)
+def test_codes_are_not_taken_for_their_runtime(flags, said, run, sparse, text, tmp_path):
+    from secateur.models.runners import RUNTIMES, Opened
+    from secateur.report.bench_page import notes
+
+    assert run("quantize", sparse, "--method", "rtn", *flags, *text, "--out", tmp_path / "out").code == 0
+    models = {}
+    for name, place in (("dense", sparse), ("pruned", tmp_path / "out")):
+        opened = Opened(str(place), torch.get_num_threads(), "auto", "cpu", 1)
+        models[name] = {"source": name, **RUNTIMES["transformers"].open(opened).facts()}
+    assert "codes" not in models["dense"]
+    assert models["pruned"]["codes"] == said
+    (line,) = notes({**models, "machine": {"busy": False}})
+    assert line.startswith(f"pruned is quantized, {said}: what its format computes, not its speed")
