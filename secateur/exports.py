@@ -97,7 +97,7 @@ def _two_of_four(source: str, out: Path, options: ExportOptions, watch: Stopwatc
     weights = sum(map(math.prod, told["matrices"].values()))
     others = competitors(2 * (told["elements"] - weights), weights)
     left = told["left_dense"]
-    said = [f"{len(left)} promised matrices are stored with their zeros, the first: {left[0]}"] if left else []
+    said = [f"promised matrices stored with their zeros: {len(left)}, the first {left[0]}"] if left else []
     return {**told, "alternatives": others, "warnings": said + smaller_lines(told["packed_bytes"], others)}
 
 

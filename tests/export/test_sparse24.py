@@ -71,7 +71,7 @@ def test_what_is_promised_otherwise_is_named_and_stays_dense(pruned, tmp_path):
     save_file(held, pruned / "model.safetensors", metadata={"format": "pt"})
     told = export_to(pruned, "torch-2:4", tmp_path / "out")
     assert len(told["matrices"]) == 13, "one of the two is 2:4 all the same"
-    assert "1 promised matrices are stored with their zeros, the first: model.layers.1" in told["warnings"][0]
+    assert "promised matrices stored with their zeros: 1, the first model.layers.1" in told["warnings"][0]
     assert "up_proj.weight is not 2:4 but 50%" in told["warnings"][0]
 
 
