@@ -9,7 +9,7 @@ A share says nothing by itself: the same weights could have been quantized inste
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,7 @@ def _two_of_four(source: str, out: Path, options: ExportOptions, watch: Stopwatc
     if is_quantized(Path(source)):
         _check_codes(source)
     told = export_sparse24(Path(source), out, watch)
-    weights = sum(map(math.prod, told["matrices"].values()))
-    others = competitors(2 * (told["elements"] - weights), weights)
+    others = _instead(told["elements"], told["matrices"].values())
     left = told["left_dense"]
     said = [f"promised matrices stored with their zeros: {len(left)}, the first {left[0]}"] if left else []
     return {**told, "alternatives": others, "warnings": said + smaller_lines(told["packed_bytes"], others)}
@@ -123,8 +122,7 @@ def _openvino(source: str, out: Path, options: ExportOptions, watch: Stopwatch) 
     said.append(f"int8 costs {gap:+.3f} of log-perplexity" if not gap < LOST else None)
     said.append(None if told["packed"] else "no matrix has enough zeros to be packed: sparse kernels stay off")
     text = {"name": options.data, "samples": options.samples, "seq_len": nll["windows"][1]}
-    weights = sum(math.prod(row["shape"]) for row in told["linears"])
-    others = competitors(2 * (told["parameters"] - weights), weights)
+    others = _instead(told["parameters"], [row["shape"] for row in told["linears"]])
     said += smaller_lines(told["model_bytes"], others)
     return {
         **told,
@@ -195,7 +193,12 @@ def alternatives(sizes: Sizes) -> dict[str, float]:
     """
     if sizes.codes.tensors:
         return {}
-    return competitors(2 * (sizes.whole.elements - sizes.sparse.elements), sizes.sparse.elements)
+    return _instead(sizes.whole.elements, sizes.matrices.values())
+
+
+def _instead(elements: int, shapes: Collection[Sequence[int]]) -> dict[str, float]:
+    """The same of matrices of these shapes in a model of so many numbers."""
+    return competitors(elements, sum(map(math.prod, shapes)), {shape[-1] for shape in shapes})
 
 
 def warnings(sizes: Sizes, others: dict[str, float]) -> list[str]:

@@ -7,7 +7,7 @@ method: gptq
 data: c4
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -32,6 +32,12 @@ Balance = Literal["none", "smooth", "awq"]
 Activations = Literal["none", "dynamic", "static"]
 GROUPS = (128, 64, 32)
 """What ``auto`` tries below 8 bits, in this order."""
+
+
+def fitting_group(inputs: Iterable[int]) -> int | None:
+    """The first of them that divides all these numbers of inputs."""
+    widths = set(inputs)
+    return next((size for size in GROUPS if all(width % size == 0 for width in widths)), None)
 
 
 @dataclass(frozen=True)

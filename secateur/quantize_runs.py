@@ -37,7 +37,7 @@ from secateur.pruning.work import Watcher, Work
 from secateur.pruning.workdir import Workdir, opened
 from secateur.quantization.accounting import storage_of
 from secateur.quantization.compressed import Dequantized, library, write
-from secateur.quantize_config import GROUPS, QuantizeConfig, quantize_config_from_dict
+from secateur.quantize_config import GROUPS, QuantizeConfig, fitting_group, quantize_config_from_dict
 from secateur.report.artefact import promises_of, read_records, write_artefact, write_report
 from secateur.report.facts import Stopwatch, versions
 from secateur.report.quantize_page import alternatives, storage_warnings
@@ -286,9 +286,8 @@ def group_size(config: QuantizeConfig, plan: Plan) -> int | str:
         return config.group_size
     if config.bits == 8:
         return "channel"
-    for size in GROUPS:
-        if all(target.shape[1] % size == 0 for target in plan.values()):
-            return size
+    if size := fitting_group(plan.inputs):
+        return size
     name, target = next((n, t) for n, t in plan.items() if t.shape[1] % GROUPS[-1])
     raise UsageError(
         f"no group size of {', '.join(map(str, GROUPS))} divides the {target.shape[1]} inputs of {name}; use "

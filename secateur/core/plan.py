@@ -52,6 +52,11 @@ class Plan(Mapping[str, Target]):
         return sum(target.size for target in self.values())
 
     @property
+    def inputs(self) -> set[int]:
+        """How many the planned linears have."""
+        return {target.shape[1] for target in self.values()}
+
+    @property
     def zeros(self) -> int:
         """Zeros in all planned linears, once carried out."""
         return sum(zeros_in(target.shape, target.pattern) for target in self.values())

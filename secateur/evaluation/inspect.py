@@ -122,6 +122,7 @@ class Row:
     name: str
     shape: tuple[int, int]
     """As stored."""
+    inputs: int
     zeros: int
     sparsity: float
     pattern: str
@@ -285,8 +286,8 @@ def _add_row(name: str, W: Tensor, counts: Counts, promise: Promise | None, repo
         report.weights += W.numel()
         report.zeros += counts.zeros
     pattern, ok = (str(promise.pattern), why is None) if promise else ("", None)
-    shape = (W.shape[0], W.shape[1])
-    report.rows.append(Row(name, shape, counts.zeros, counts.zeros / W.numel(), pattern, ok, why or ""))
+    shape, inputs = (W.shape[0], W.shape[1]), W.shape[0 if promise and promise.transposed else 1]
+    report.rows.append(Row(name, shape, inputs, counts.zeros, counts.zeros / W.numel(), pattern, ok, why or ""))
 
 
 def _broken_promise(W: Tensor, negative: int, promise: Promise) -> str | None:

@@ -130,17 +130,17 @@ def stored_sizes(directory: Path) -> dict[str, Size]:
     """Of every tensor, by the name it has unpacked; from the headers alone."""
     if is_packed(directory):
         return {
-            name: Size(packed.dense.elements, packed.bytes)
+            name: Size(packed.dense.shape, packed.bytes)
             for file in packed_files(directory)
             for name, packed in file.tensors.items()
         }
     sizes: dict[str, Size] = {}
     for path in _files_as_stored(directory):
         header = read_header(path)
-        sizes |= {name: Size(entry.elements, entry.bytes) for name, entry in header.tensors.items()}
+        sizes |= {name: Size(entry.shape, entry.bytes) for name, entry in header.tensors.items()}
         for name in parse_json(header.metadata["packed"]) if "sparse24" in header.metadata else ():
             values, places = sizes.pop(f"{name}.values"), sizes.pop(f"{name}.places")
-            sizes[name] = Size(2 * values.elements, values.bytes + places.bytes)
+            sizes[name] = Size((*values.shape[:-1], 2 * values.shape[-1]), values.bytes + places.bytes)
     return sizes
 
 

@@ -1,6 +1,6 @@
 """What packing saved: bytes of files, bits of a weight."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,6 +42,8 @@ class Sizes:
     files: tuple[FileSize, ...]
     sparse: Group
     """Floating-point matrices that are packed with a mask: the pruned ones."""
+    matrices: dict[str, tuple[int, ...]]
+    """Their shapes, as stored."""
     codes: Group
     """Matrices of integers, whatever a quantizer put into them."""
     whole: Group
@@ -68,18 +70,20 @@ class Sizes:
 
 
 def sizes_of(files: Sequence[PackedFile]) -> Sizes:
-    tensors = [packed for file in files for packed in file.tensors.values()]
-    matrices = [packed for packed in tensors if len(packed.dense.shape) >= 2]
-    floating = [packed for packed in matrices if packed.dense.dtype.startswith(FLOATING)]
+    tensors = {name: packed for file in files for name, packed in file.tensors.items()}
+    matrices = {name: packed for name, packed in tensors.items() if len(packed.dense.shape) >= 2}
+    floating = {name: packed for name, packed in matrices.items() if packed.dense.dtype.startswith(FLOATING)}
+    sparse = {name: packed for name, packed in floating.items() if packed.coding == MASK}
     return Sizes(
         tuple(FileSize(file.path.name, file.dense.file_bytes, file.header.file_bytes) for file in files),
-        sparse=_group([packed for packed in floating if packed.coding == MASK]),
-        codes=_group([packed for packed in matrices if not packed.dense.dtype.startswith(FLOATING)]),
-        whole=_group(tensors),
+        sparse=_group(sparse.values()),
+        matrices={name: packed.dense.shape for name, packed in sparse.items()},
+        codes=_group([packed for name, packed in matrices.items() if name not in floating]),
+        whole=_group(tensors.values()),
     )
 
 
-def _group(tensors: Sequence[Packed]) -> Group:
+def _group(tensors: Collection[Packed]) -> Group:
     dense = sum(packed.dense.bytes for packed in tensors)
     elements = sum(packed.dense.elements for packed in tensors)
     return Group(len(tensors), elements, dense, sum(packed.bytes for packed in tensors))

@@ -4,6 +4,7 @@ Everything that can be seen to be wrong here is refused here, before a weight is
 """
 
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,9 +24,14 @@ STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 class Size(NamedTuple):
     """Of one stored tensor."""
 
-    elements: int
+    shape: tuple[int, ...]
+    """Unpacked."""
     bytes: int
     """In the file, packed or not."""
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
 
 
 Headers = dict[str, tuple[tuple[int, ...], str]]

@@ -21,7 +21,7 @@ from secateur.planning.shapes import BlockShape, Run
 from secateur.planning.sizes import BRANCHED, memory, result
 from secateur.planning.subject import Subject
 from secateur.pruning.selection import Selection
-from secateur.report.runtimes import ALTERNATIVES, BRANCHES, CONV1D, EXPERTS, runtimes_for, smaller_lines, warnings_for
+from secateur.report.runtimes import BRANCHES, CONV1D, EXPERTS, alternatives, runtimes_for, smaller_lines, warnings_for
 from secateur.report.stored_page import MASKED
 
 GGUF_PARSE_BYTES = 8e6
@@ -75,7 +75,7 @@ def report(
     chosen, pattern = selection.plan, config.target
     stages = stage_rows(shapes, config, run, rates)
     held, taken = memory(subject, config, chosen, shapes, run), result(subject, chosen, config)
-    others = {name: taken["bytes"][name] for name in ALTERNATIVES}
+    others = {name: taken["bytes"][name] for name in alternatives(chosen.inputs)}
     return PlanReport(
         model=subject.to_dict(),
         recipe=config.to_dict(),

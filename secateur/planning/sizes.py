@@ -10,7 +10,7 @@ from secateur.core.plan import Plan
 from secateur.planning.footprint import Footprint, footprint
 from secateur.planning.shapes import BlockShape, Run
 from secateur.planning.subject import Subject
-from secateur.report.runtimes import ALTERNATIVES
+from secateur.report.runtimes import alternatives
 from secateur.report.stored_page import MASKED
 
 BRANCHED = "mask, 16 bit values, branches"
@@ -62,7 +62,7 @@ def with_peak(parts: dict[str, float], least: float = 0) -> dict[str, float]:
 def result(subject: Subject, plan: Plan, config: PruneConfig) -> dict[str, Any]:
     """Sizes: as saved (zeros stored), as a mask and 16-bit values, and what dense formats would take."""
     bits, weights = plan.bits_per_weight, plan.size
-    storages = {"saved, zeros stored": 8.0 * subject.dtype.itemsize, MASKED: bits, **ALTERNATIVES}
+    storages = {"saved, zeros stored": 8.0 * subject.dtype.itemsize, MASKED: bits, **alternatives(plan.inputs)}
     numbers = branch_numbers(plan, config.low_rank)
     if numbers:
         storages[BRANCHED] = bits + VALUE_BITS * numbers / weights

@@ -32,6 +32,8 @@ class Storage:
     linears: int
     weights: int
     """In the quantized linears."""
+    inputs: list[int]
+    """How many these have, each number once."""
     zeros: int
     """Among them."""
     code_bytes: int
@@ -69,7 +71,7 @@ def storage_of(model: Dequantized, zeros: Mapping[str, int], sizes: Mapping[str,
     """``zeros``: of every weight by its name, as ``inspect`` counts them. ``sizes``: of what is stored."""
     parts = [(name.rpartition(".")[2], sizes[name]) for linear in model.linears for name in model.stored_names(linear)]
     plain = [sizes[name] for name in model.plain]
-    arguments = model.scheme.weights
+    arguments, shapes = model.scheme.weights, [_shape(model, linear, sizes) for linear in model.linears]
     return Storage(
         format=model.format,
         bits=arguments.num_bits,
@@ -77,7 +79,8 @@ def storage_of(model: Dequantized, zeros: Mapping[str, int], sizes: Mapping[str,
         symmetric=arguments.symmetric,
         activations=_activations(model.scheme.input_activations),
         linears=len(model.linears),
-        weights=sum(_weights(model, linear, sizes) for linear in model.linears),
+        weights=sum(map(math.prod, shapes)),
+        inputs=sorted({shape[-1] for shape in shapes}),
         zeros=sum(zeros[f"{linear}.weight"] for linear in model.linears),
         code_bytes=sum(size.bytes for name, size in parts if name in CODES),
         side_bytes=sum(size.bytes for name, size in parts if name not in (*CODES, "bias")),
@@ -87,9 +90,9 @@ def storage_of(model: Dequantized, zeros: Mapping[str, int], sizes: Mapping[str,
     )
 
 
-def _weights(model: Dequantized, linear: str, sizes: Mapping[str, Size]) -> int:
+def _shape(model: Dequantized, linear: str, sizes: Mapping[str, Size]) -> tuple[int, ...]:
     told = f"{linear}.weight_shape"
-    return math.prod(model.stored[told].tolist()) if told in model.stored else sizes[f"{linear}.weight"].elements
+    return tuple(model.stored[told].tolist()) if told in model.stored else sizes[f"{linear}.weight"].shape
 
 
 def _activations(told: Any) -> str:

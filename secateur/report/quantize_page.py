@@ -22,8 +22,8 @@ from secateur.report.tables import (
 
 
 def alternatives(storage: Mapping[str, Any]) -> dict[str, float]:
-    """Bytes of the whole model by what else could become of the quantized linears; all else as it is stored."""
-    return competitors(storage["other_bytes"], storage["weights"])
+    """Bytes of the whole model by what else could become of the quantized linears."""
+    return competitors(storage["weights"] + storage["other_weights"], storage["weights"], storage["inputs"])
 
 
 def storage_warnings(storage: Mapping[str, Any], others: Mapping[str, float], *, packed: bool = False) -> list[str]:

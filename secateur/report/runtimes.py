@@ -4,15 +4,14 @@ The table is the state of late 2026. Rows say what was measured or published, wh
 stores and multiplies zeros like any number is a row too, because that is what most people will meet first.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from secateur.core.pattern import NM, Block, Pattern
+from secateur.quantize_config import fitting_group
 from secateur.report.tables import size
 
-ALTERNATIVES = {"dense, 16 bit": 16.0, "dense int8": 8.0, "dense int4, groups of 128": 4.2}
-"""Bits per weight of what a sparse model competes with."""
 CLEARLY = 0.02
 """Share by which something must be smaller to be called that."""
 BRANCHES, EXPERTS, CONV1D = "low-rank branches", "mixtures of experts", "Conv1D (GPT-2)"
@@ -104,9 +103,23 @@ def warnings_for(pattern: Pattern, parameters: float) -> list[str]:
     ]
 
 
-def competitors(rest_bytes: float, weights: int) -> dict[str, float]:
-    """Bytes of the whole model by what else could become of these weights, none of them zero; the rest as it is."""
-    return {name: rest_bytes + weights * bits / 8 for name, bits in ALTERNATIVES.items()}
+def alternatives(inputs: Iterable[int]) -> dict[str, float]:
+    """Bits per weight of what a sparse model competes with. ``inputs``: how many its matrices have.
+
+    int4 is as ``quantize --bits 4`` makes it of them, with a 16 bit scale a group; scales of whole rows are left out.
+    """
+    group = fitting_group(inputs)
+    int4 = {f"dense int4, groups of {group}": 4 + 16 / group} if group else {"dense int4, one scale a row": 4.0}
+    return {"dense, 16 bit": 16.0, "dense int8": 8.0, **int4}
+
+
+def competitors(elements: int, weights: int, inputs: Iterable[int]) -> dict[str, float]:
+    """Bytes of a model of so many numbers by what else could become of these weights, none of them zero.
+
+    All else is counted at 16 bit, however it is stored.
+    """
+    rest = 2 * (elements - weights)
+    return {name: rest + weights * bits / 8 for name, bits in alternatives(inputs).items()}
 
 
 def sizes_said(others: Mapping[str, float]) -> str:
@@ -116,4 +129,5 @@ def sizes_said(others: Mapping[str, float]) -> str:
 def smaller_lines(made: float, others: Mapping[str, float], what: str = "as stored") -> list[str]:
     """One warning where plain numbers in fewer bits would take clearly less, else none."""
     smaller = {name: count for name, count in others.items() if count < (1 - CLEARLY) * made}
-    return [f"smaller than the {size(made)} {what} without any zeros: {sizes_said(smaller)}"] if smaller else []
+    said = f"smaller than the {size(made)} {what} without any zeros: {sizes_said(smaller)}, all else at 16 bit"
+    return [said] if smaller else []

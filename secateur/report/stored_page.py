@@ -8,7 +8,7 @@ from rich.console import RenderableType
 
 from secateur.core.pattern import VALUE_BITS
 from secateur.export.directory import file_bytes
-from secateur.report.runtimes import ALTERNATIVES, competitors, sizes_said, smaller_lines
+from secateur.report.runtimes import alternatives, competitors, sizes_said, smaller_lines
 from secateur.report.tables import facts, size, warning_lines
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def room_of(found: "Inspection", form: str, taken: int) -> dict[str, Any]:
 
     All that was not pruned is counted at 16 bit, but as stored; low-rank branches with what they belong to.
     """
+    inputs = {row.inputs for row in found.rows if row.ok is not None}
     branches = found.low_rank.bits_per_weight if found.low_rank else 0.0
     masked = VALUE_BITS * (1 - found.sparsity) + 1 + branches
     rest = 2 * (found.elements - found.weights)
@@ -36,8 +37,8 @@ def room_of(found: "Inspection", form: str, taken: int) -> dict[str, Any]:
         "bytes": taken + (found.low_rank.bytes if found.low_rank else 0),
         "elements": found.elements,
         "weights": found.weights,
-        "bits_per_weight": {MASKED: masked, **ALTERNATIVES},
-        "whole": {MASKED: rest + found.weights * masked / 8, **competitors(rest, found.weights)},
+        "bits_per_weight": {MASKED: masked, **alternatives(inputs)},
+        "whole": {MASKED: rest + found.weights * masked / 8, **competitors(found.elements, found.weights, inputs)},
     }
 
 
@@ -71,7 +72,7 @@ def room_warnings(room: Mapping[str, Any]) -> list[str]:
 
 
 def _others(room: Mapping[str, Any]) -> dict[str, float]:
-    return {name: room["whole"][name] for name in ALTERNATIVES}
+    return {name: count for name, count in room["whole"].items() if name != MASKED}
 
 
 def room_lines(room: Mapping[str, Any]) -> list[RenderableType]:

@@ -52,7 +52,7 @@ def test_json(run, pruned, tmp_path):
     assert told["alternatives"]["dense int8"] == 2 * rest + pruned_weights
     assert set(told["seconds"]) == set(told["bytes_per_second"]) == {"pack", "check"}
     (warning,) = told["warnings"]
-    assert "dense int4, groups of 128" in warning
+    assert "dense int4, groups of 32" in warning
     told = run("unpack", tmp_path / "packed", "--out", tmp_path / "again", "--json").json
     assert told["bytes"] == (pruned / "model.safetensors").stat().st_size
 

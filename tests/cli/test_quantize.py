@@ -220,7 +220,7 @@ def test_what_is_told(int4, run, sparse):
     assert storage["masked_bits_per_weight"] == pytest.approx(1 + 4 * (1 - zeros) + storage["bits_per_weight"] - 4)
     assert storage["file_bytes"] == (out / "model.safetensors").stat().st_size
     assert storage["other_weights"] == 260 * 128 + 5 * 128 + 2 * (128 * 2 + 64 * 2)
-    assert report["alternatives"]["dense int8"] == storage["other_bytes"] + weights
+    assert report["alternatives"]["dense int8"] == 2 * storage["other_weights"] + weights
     assert any("zeros take as much room here as any code" in line for line in report["warnings"])
     inspected = run("inspect", out, "--json")
     assert inspected.code == 0
@@ -233,6 +233,30 @@ def test_what_is_told(int4, run, sparse):
         assert f"as papers count  {papers:.1f} times smaller: non-zero codes alone, from 32 bit" in said
     assert "every promise is kept" in printed.out
     assert "pack-quantized, int4, groups of 128, symmetric" in printed.out
+
+
+def test_a_model_has_the_same_alternatives_whichever_verb_tells(run, model_dir, text, tmp_path, monkeypatch):
+    """Of float32, 32 and 64 inputs wide, with an embedding that stays as it is."""
+    monkeypatch.setattr("secateur.planning.rates.PATIENCE", 0.0)
+    monkeypatch.setattr("secateur.planning.rates.DISK_BYTES", 1 << 20)
+    flags = ("--method", "magnitude", "--pattern", "2:4")
+    planned = run("plan", model_dir, *flags, "--json").json["result"]["bytes"]
+    others = {name: count for name, count in planned.items() if name.startswith("dense")}
+    assert list(others) == ["dense, 16 bit", "dense int8", "dense int4, groups of 32"]
+
+    def told(*words):
+        ran = run(*words, "--json")
+        assert ran.code == 0, ran.err
+        return ran.json.get("alternatives") or ran.json["room"]["whole"]
+
+    made = {"pruned": told("prune", model_dir, *flags, "--out", tmp_path / "pruned")}
+    rtn = ("--method", "rtn", *text)
+    made["int4"] = told("quantize", tmp_path / "pruned", *rtn, "--out", tmp_path / "int4")
+    for target in ("torch-2:4", "sparse-safetensors"):
+        made[target] = told("export", tmp_path / "pruned", "--to", target, "--out", tmp_path / target)
+        made[f"{target}, inspected"] = told("inspect", tmp_path / target)
+    for name, found in made.items():
+        assert others.items() <= found.items(), name
 
 
 def test_room_is_counted_without_reading_weights(int4):

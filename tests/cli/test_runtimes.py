@@ -3,7 +3,7 @@
 import pytest
 
 from secateur.core.pattern import NM, Block, Unstructured, bits_per_weight
-from secateur.report.runtimes import BRANCHES, CONV1D, EXPERTS, RUNTIMES, runtimes_for, warnings_for
+from secateur.report.runtimes import BRANCHES, CONV1D, EXPERTS, RUNTIMES, alternatives, runtimes_for, warnings_for
 
 
 @pytest.mark.parametrize(
@@ -12,6 +12,19 @@ from secateur.report.runtimes import BRANCHES, CONV1D, EXPERTS, RUNTIMES, runtim
 )
 def test_bits(pattern, bits):
     assert bits_per_weight(pattern) == pytest.approx(bits)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "name", "bits"),
+    [
+        ((128, 256), "dense int4, groups of 128", 4.125),
+        ((576, 1536), "dense int4, groups of 64", 4.25),
+        ((96, 192), "dense int4, groups of 32", 4.5),
+        ((48, 96), "dense int4, one scale a row", 4),
+    ],
+)
+def test_the_int4_to_compete_with_is_one_that_can_be_made(inputs, name, bits):
+    assert list(alternatives(inputs).items())[-1] == (name, bits)
 
 
 def gains(pattern):
