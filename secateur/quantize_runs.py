@@ -139,7 +139,7 @@ class QuantizeRun:
             clear_leftovers(out)
             with staged(out, overwrite=True) as folder:
                 stored, found = self.save(folder, records)
-                zeros = {row.name: row.zeros for row in found.rows}
+                zeros = {row.name: (row.zeros, row.promised) for row in found.rows}
                 report = self.report(
                     records, storage_of(stored, zeros, stored_sizes(folder), file_bytes(folder)).to_dict()
                 )

@@ -43,7 +43,7 @@ def command(directory: Path, baseline: str | None, as_json: bool) -> int:
     packed, taken = form != "dense", file_bytes(directory)
     storage = room = None
     if codes is not None:
-        zeros = {row.name: row.zeros for row in found.rows}
+        zeros = {row.name: (row.zeros, row.promised) for row in found.rows}
         storage = storage_of(codes, zeros, stored_sizes(directory), taken).to_dict()
     elif found.promised:
         room = room_of(found, form, taken)

@@ -30,7 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from secateur.core.pattern import Pattern, check_mask, pattern_from_dict, pattern_to_dict
+from secateur.core.pattern import Pattern, check_mask, pattern_from_dict, pattern_to_dict, zeros_in
 from secateur.errors import ArtefactError
 from secateur.evaluation.branches import LowRank, broken_branches, cost_of, read_branches
 from secateur.models.headers import weight_files
@@ -129,6 +129,8 @@ class Row:
     """The promised pattern in short form, "" outside the plan."""
     ok: bool | None
     why: str
+    promised: int = 0
+    """Zeros."""
 
 
 @dataclass
@@ -286,8 +288,10 @@ def _add_row(name: str, W: Tensor, counts: Counts, promise: Promise | None, repo
         report.weights += W.numel()
         report.zeros += counts.zeros
     pattern, ok = (str(promise.pattern), why is None) if promise else ("", None)
-    shape, inputs = (W.shape[0], W.shape[1]), W.shape[0 if promise and promise.transposed else 1]
-    report.rows.append(Row(name, shape, inputs, counts.zeros, counts.zeros / W.numel(), pattern, ok, why or ""))
+    shape = (W.shape[0], W.shape[1])
+    R, C = shape[::-1] if promise and promise.transposed else shape
+    promised = zeros_in((R, C), promise.pattern) if promise else 0
+    report.rows.append(Row(name, shape, C, counts.zeros, counts.zeros / W.numel(), pattern, ok, why or "", promised))
 
 
 def _broken_promise(W: Tensor, negative: int, promise: Promise) -> str | None:

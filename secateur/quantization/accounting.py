@@ -36,6 +36,8 @@ class Storage:
     """How many these have, each number once."""
     zeros: int
     """Among them."""
+    pruned: int
+    """Zeros that were promised; the others came of rounding."""
     code_bytes: int
     side_bytes: int
     """Scales, zero points, scales of inputs, shapes."""
@@ -58,17 +60,25 @@ class Storage:
         return (self.weights + kept + 8 * self.side_bytes) / max(self.weights, 1)
 
     @property
+    def nominal(self) -> float:
+        """How many times smaller papers call it: 32 bit over code bits times density, without masks, indices and
+        scales. 2:4 in int4 is "16x"."""
+        return 32 * self.weights / (self.bits * max(self.weights - self.pruned, 1))
+
+    @property
     def whole_bits_per_weight(self) -> float:
         """Of every number of the model, embeddings included."""
         return 8 * self.file_bytes / max(self.weights + self.other_weights, 1)
 
     def to_dict(self) -> dict[str, Any]:
-        derived = ("bits_per_weight", "masked_bits_per_weight", "whole_bits_per_weight")
+        derived = ("bits_per_weight", "masked_bits_per_weight", "whole_bits_per_weight", "nominal")
         return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
 
-def storage_of(model: Dequantized, zeros: Mapping[str, int], sizes: Mapping[str, Size], file_bytes: int) -> Storage:
-    """``zeros``: of every weight by its name, as ``inspect`` counts them. ``sizes``: of what is stored."""
+def storage_of(
+    model: Dequantized, zeros: Mapping[str, tuple[int, int]], sizes: Mapping[str, Size], file_bytes: int
+) -> Storage:
+    """``zeros``: of every weight by its name, those there and those promised. ``sizes``: of what is stored."""
     parts = [(name.rpartition(".")[2], sizes[name]) for linear in model.linears for name in model.stored_names(linear)]
     plain = [sizes[name] for name in model.plain]
     arguments, shapes = model.scheme.weights, [_shape(model, linear, sizes) for linear in model.linears]
@@ -81,7 +91,8 @@ def storage_of(model: Dequantized, zeros: Mapping[str, int], sizes: Mapping[str,
         linears=len(model.linears),
         weights=sum(map(math.prod, shapes)),
         inputs=sorted({shape[-1] for shape in shapes}),
-        zeros=sum(zeros[f"{linear}.weight"] for linear in model.linears),
+        zeros=sum(zeros[f"{linear}.weight"][0] for linear in model.linears),
+        pruned=sum(zeros[f"{linear}.weight"][1] for linear in model.linears),
         code_bytes=sum(size.bytes for name, size in parts if name in CODES),
         side_bytes=sum(size.bytes for name, size in parts if name not in (*CODES, "bias")),
         other_bytes=sum(size.bytes for size in plain),

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from secateur.report.runtimes import competitors, sizes_said, smaller_lines
+from secateur.report.runtimes import CLEARLY, competitors, sizes_said, smaller_lines
 from secateur.report.tables import (
     command,
     eval_command,
@@ -30,9 +30,9 @@ def storage_warnings(storage: Mapping[str, Any], others: Mapping[str, float], *,
     """What makes the result a poor bargain. ``packed``: its zeros are left out already."""
     made = storage["code_bytes"] + storage["side_bytes"] + storage["other_bytes"]
     lines = smaller_lines(made, others)
-    if storage["zeros"] and not packed:
+    if storage["pruned"] > CLEARLY * storage["weights"] and not packed:
         lines.append(
-            f"{percent(storage['zeros'] / storage['weights'])} zeros take as much room here as any code: the dense "
+            f"{percent(storage['pruned'] / storage['weights'])} zeros take as much room here as any code: the dense "
             f"model quantized alike has the same {size(made)}; a smaller download with `secateur export --to "
             "sparse-safetensors`"
         )
@@ -53,16 +53,11 @@ def storage_rows(storage: Mapping[str, Any], others: Mapping[str, float]) -> dic
         f"{storage['whole_bits_per_weight']:.3f} in all, embeddings included",
         "against 16 bit": f"{16 / storage['bits_per_weight']:.1f} times smaller as stored, with a bitmask "
         f"{16 / storage['masked_bits_per_weight']:.1f}",
-        "as papers count": f"{nominal(storage):.1f} times smaller: non-zero codes alone, from 32 bit",
+        "as papers count": f"{storage['nominal']:.1f} times smaller: non-zero codes alone, from 32 bit",
         "files": f"{size(storage['file_bytes'])}: codes {size(storage['code_bytes'])}, scales and zero points "
         f"{size(storage['side_bytes'])}, all else {size(storage['other_bytes'])}",
         "instead": sizes_said(others),
     }
-
-
-def nominal(storage: Mapping[str, Any]) -> float:
-    """32 bit over code bits times density, without masks, indices and scales: 2:4 in int4 is "16x"."""
-    return 32 * storage["weights"] / (storage["bits"] * max(storage["weights"] - storage["zeros"], 1))
 
 
 def quantized_lines(storage: Mapping[str, Any], *, packed: bool) -> list[RenderableType]:

@@ -227,10 +227,10 @@ def test_what_is_told(int4, run, sparse):
     assert inspected.json["quantized"] == storage
     assert {row["pattern"] for row in inspected.json["rows"] if row["ok"] is not None} == {"2:4"}
     printed = run("inspect", out)
-    papers = 32 * weights / (4 * (weights - storage["zeros"]))  # 2:4 in int4: 16, and codes that were rounded to zero
-    assert 16 <= papers < 17.5
+    assert storage["nominal"] == 16 < 32 * weights / (4 * (weights - storage["zeros"])), "rounding prunes nothing"
     for said in (ran.out, printed.out):
-        assert f"as papers count  {papers:.1f} times smaller: non-zero codes alone, from 32 bit" in said
+        assert "as papers count  16.0 times smaller: non-zero codes alone, from 32 bit" in said
+        assert "50.00% zeros take as much room" in said
     assert "every promise is kept" in printed.out
     assert "pack-quantized, int4, groups of 128, symmetric" in printed.out
 
@@ -268,10 +268,19 @@ def test_room_is_counted_without_reading_weights(int4):
             return super().__getitem__(name)
 
     model = Dequantized(out, Noted(out))
-    zeros = {f"{linear}.weight": 0 for linear in model.linears}
+    zeros = {f"{linear}.weight": (0, 0) for linear in model.linears}
     stored = json.loads((out / "secateur" / "report.json").read_text())["storage"]
     assert storage_of(model, zeros, stored_sizes(out), 1).code_bytes == stored["code_bytes"]
     assert set(read) == {"weight_shape"}
+
+
+def test_a_dense_model_is_told_nothing_of_zeros_that_rounding_made(run, dense, text, tmp_path):
+    ran = run("quantize", dense, "--method", "rtn", *text, "--out", tmp_path / "out", "--json")
+    storage = ran.json["storage"]
+    assert storage["zeros"] > 0 == storage["pruned"]
+    assert storage["nominal"] == 8
+    assert ran.json["warnings"] == []
+    assert run("inspect", tmp_path / "out", "--json").json["quantized"] == storage
 
 
 def test_where_a_dense_model_would_be_smaller_that_is_said(run, sparse, text, tmp_path):
