@@ -18,19 +18,21 @@ import torch
 
 from secateur.data.sources import read_texts
 from secateur.data.tokens import check_seq_len, eval_windows, sample_windows, tokenize
-from secateur.errors import UsageError
+from secateur.errors import SecateurError, UsageError
 from secateur.evaluation.inspect import Checkpoint
 from secateur.evaluation.perplexity import window_losses
-from secateur.export.directory import pack_directory, unpack_directory
+from secateur.export.directory import file_bytes, pack_directory, stored_sizes, unpack_directory
 from secateur.export.openvino import OpenVINOOptions, Windows, export_openvino
 from secateur.export.sizes import Sizes
 from secateur.export.sparse24 import export_sparse24
 from secateur.export.targets import check_target
 from secateur.models.load import Loaded
 from secateur.models.openvino import lacks_amx
+from secateur.quantization.accounting import storage_of
 from secateur.quantization.compressed import Dequantized, is_quantized
 from secateur.report.facts import Stopwatch
 from secateur.report.progress import Progress
+from secateur.report.quantize_page import alternatives, storage_warnings
 from secateur.report.runtimes import competitors, smaller_lines
 from secateur.teachers import dense_original
 
@@ -86,18 +88,38 @@ def export_to(
 
 def _packed(source: str, out: Path, options: ExportOptions, watch: Stopwatch) -> dict[str, Any]:
     sizes = pack_directory(Path(source), out, watch)
-    others = alternatives(sizes)
-    return {**sizes.to_dict(), "alternatives": others, "warnings": warnings(sizes, others)}
+    told, coded = sizes.to_dict(), _coded(Path(source), out)
+    if coded is None:
+        others = _instead_of_sparse(sizes)
+        return {**told, "alternatives": others, "warnings": warnings(sizes, others)}
+    told["bits_per_weight"] |= {"quantized": coded["bits_per_weight"], "whole": coded["whole_bits_per_weight"]}
+    others = alternatives(coded)
+    return {**told, "alternatives": others, "warnings": storage_warnings(coded, others, packed=True)}
 
 
 def _two_of_four(source: str, out: Path, options: ExportOptions, watch: Stopwatch) -> dict[str, Any]:
     if is_quantized(Path(source)):
         _check_codes(source)
     told = export_sparse24(Path(source), out, watch)
-    others = _instead(told["elements"], told["matrices"].values())
+    coded = _coded(Path(source), out)
+    others = alternatives(coded) if coded else _instead(told["elements"], told["matrices"].values())
     left = told["left_dense"]
     said = [f"promised matrices stored with their zeros: {len(left)}, the first {left[0]}"] if left else []
     return {**told, "alternatives": others, "warnings": said + smaller_lines(told["packed_bytes"], others)}
+
+
+def _coded(source: Path, out: Path) -> dict[str, Any] | None:
+    """Bits and bytes of a quantized directory as `out` stores it; None where there are no codes that we can read.
+
+    That stops no export: a download needs neither the library of the codes nor their meaning.
+    """
+    if not is_quantized(source):
+        return None
+    try:
+        held = Dequantized(source, Checkpoint(source))
+        return storage_of(held, {}, stored_sizes(out), file_bytes(out)).to_dict()
+    except (SecateurError, KeyError):
+        return None
 
 
 def _check_codes(source: str) -> None:
@@ -186,14 +208,9 @@ def _rate(count: int, spent: float) -> float | None:
     return count / spent if spent else None
 
 
-def alternatives(sizes: Sizes) -> dict[str, float]:
-    """Bytes of the whole model by what else could become of the pruned matrices; the rest at 16 bit, as in a plan.
-
-    None of a quantized model: how many weights its codes are is for ``inspect`` to say, of what was packed.
-    """
-    if sizes.codes.tensors:
-        return {}
-    return _instead(sizes.whole.elements, sizes.matrices.values())
+def _instead_of_sparse(sizes: Sizes) -> dict[str, float]:
+    """Bytes of the whole model by what else could become of the pruned matrices; none of codes that nobody can read."""
+    return {} if sizes.codes.tensors else _instead(sizes.whole.elements, sizes.matrices.values())
 
 
 def _instead(elements: int, shapes: Collection[Sequence[int]]) -> dict[str, float]:

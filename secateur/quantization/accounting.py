@@ -78,7 +78,9 @@ class Storage:
 def storage_of(
     model: Dequantized, zeros: Mapping[str, tuple[int, int]], sizes: Mapping[str, Size], file_bytes: int
 ) -> Storage:
-    """``zeros``: of every weight by its name, those there and those promised. ``sizes``: of what is stored."""
+    """``zeros``: of every weight by its name, those there and those promised, where that is of interest.
+    ``sizes``: of what is stored."""
+    counts = [zeros.get(f"{linear}.weight", (0, 0)) for linear in model.linears]
     parts = [(name.rpartition(".")[2], sizes[name]) for linear in model.linears for name in model.stored_names(linear)]
     plain = [sizes[name] for name in model.plain]
     arguments, shapes = model.scheme.weights, [_shape(model, linear, sizes) for linear in model.linears]
@@ -91,8 +93,8 @@ def storage_of(
         linears=len(model.linears),
         weights=sum(map(math.prod, shapes)),
         inputs=sorted({shape[-1] for shape in shapes}),
-        zeros=sum(zeros[f"{linear}.weight"][0] for linear in model.linears),
-        pruned=sum(zeros[f"{linear}.weight"][1] for linear in model.linears),
+        zeros=sum(there for there, _ in counts),
+        pruned=sum(promised for _, promised in counts),
         code_bytes=sum(size.bytes for name, size in parts if name in CODES),
         side_bytes=sum(size.bytes for name, size in parts if name not in (*CODES, "bias")),
         other_bytes=sum(size.bytes for size in plain),

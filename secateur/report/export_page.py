@@ -21,13 +21,14 @@ def export_page(told: dict[str, Any]) -> list[RenderableType]:
 
 
 def _sparse_safetensors(told: dict[str, Any]) -> tuple[Any, ...]:
-    sparse, whole = told["sparse"], told["whole"]
+    sparse, codes, whole = told["sparse"], told["codes"], told["whole"]
+    found = f"{sparse['tensors']} of {whole['tensors']} tensors, {sparse['elements']:,} weights, {_shrunk(sparse)}"
     rows = {
-        "safetensors": f"{size(told['dense_bytes'])} to {size(told['packed_bytes'])}, {percent(told['share'])}",
-        "sparse": f"{sparse['tensors']} of {whole['tensors']} tensors, {sparse['elements']:,} weights,"
-        f" {size(sparse['dense_bytes'])} to {size(sparse['packed_bytes'])}",
-        "bits per weight": _bits(told["bits_per_weight"], told["codes"]["tensors"]),
-        "instead": sizes_said(told["alternatives"]) or f"see `secateur inspect {told['source']}`",
+        "safetensors": f"{_shrunk(told)}, {percent(told['share'])}",
+        **({"sparse": found} if sparse["tensors"] or not codes["tensors"] else {}),
+        **({"codes": f"{codes['tensors']} tensors, {_shrunk(codes)}"} if codes["tensors"] else {}),
+        "bits per weight": _bits(told["bits_per_weight"]),
+        "instead": sizes_said(told["alternatives"]) or UNREAD,
         "time": _rates(told),
     }
     return (
@@ -76,7 +77,7 @@ def against_dense(told: dict[str, Any]) -> list[RenderableType]:
 
 def _two_of_four(told: dict[str, Any]) -> tuple[Any, ...]:
     rows = {
-        "safetensors": f"{size(told['dense_bytes'])} to {size(told['packed_bytes'])}, {percent(told['share'])}",
+        "safetensors": f"{_shrunk(told)}, {percent(told['share'])}",
         "2:4": f"{len(told['matrices'])} matrices",
         "bits per weight": _bits(told["bits_per_weight"]),
         "instead": sizes_said(told["alternatives"]),
@@ -98,6 +99,10 @@ PAGES: dict[str, Callable[[dict[str, Any]], tuple[Any, ...]]] = {
 """By target: the rows, then the lines below them."""
 
 
+def _shrunk(told: dict[str, Any]) -> str:
+    return f"{size(told['dense_bytes'])} to {size(told['packed_bytes'])}"
+
+
 def _rates(told: dict[str, Any]) -> str:
     """Seconds of every stage, and bytes of dense weights a second."""
     rates = told["bytes_per_second"]
@@ -108,11 +113,18 @@ def kernels(picked: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in picked.items())
 
 
-def _bits(bits: dict[str, float | None], codes: int = 0) -> str:
-    if bits["whole"] is None:
-        return f"not known: {codes} matrices hold integer codes"
-    sparse = "" if bits["sparse"] is None else f"{bits['sparse']:.2f} in sparse matrices, "
-    return f"{sparse}{bits['whole']:.2f} in all, headers included"
+PARTS = {
+    "sparse": "in sparse matrices",
+    "quantized": "in quantized linears, scales included",
+    "whole": "in all, headers included",
+}
+"""Of a model, and how bits of a weight in them are told."""
+UNREAD = "not known: it holds integers, and no codes that secateur can read"
+
+
+def _bits(bits: dict[str, float | None]) -> str:
+    known = [f"{bits[part]:.2f} {words}" for part, words in PARTS.items() if bits.get(part) is not None]
+    return ", ".join(known) if bits["whole"] is not None else UNREAD
 
 
 def unpack_page(told: dict[str, Any]) -> list[RenderableType]:

@@ -255,6 +255,7 @@ def test_a_model_has_the_same_alternatives_whichever_verb_tells(run, model_dir, 
     for target in ("torch-2:4", "sparse-safetensors"):
         made[target] = told("export", tmp_path / "pruned", "--to", target, "--out", tmp_path / target)
         made[f"{target}, inspected"] = told("inspect", tmp_path / target)
+    made["int4, packed"] = told("export", tmp_path / "int4", "--to", "sparse-safetensors", "--out", tmp_path / "packed")
     for name, found in made.items():
         assert others.items() <= found.items(), name
 
@@ -409,15 +410,33 @@ def test_packed_for_a_download_and_back(int4, run, tmp_path):
     ran = run("export", out, "--to", "sparse-safetensors", "--out", tmp_path / "packed")
     assert ran.code == 0, ran.err
     assert "prune first" not in ran.out
-    assert f"see `secateur inspect {out}`" in ran.out
+    assert "sparse  " not in ran.out
     inspected = run("inspect", tmp_path / "packed", "--json")
     assert inspected.code == 0, inspected.err
+    storage = inspected.json["quantized"]
+    bits = f"{storage['bits_per_weight']:.2f} in quantized linears, scales included, "
+    assert f"{bits}{storage['whole_bits_per_weight']:.2f} in all, headers included" in ran.out
     check_packed(inspected.json, tmp_path / "packed" / "model.sparse.safetensors", bits=4)
     words = run("inspect", tmp_path / "packed").out
     assert "zeros take as much room" not in words
     assert "secateur export" not in words
     assert run("unpack", tmp_path / "packed", "--out", tmp_path / "back").code == 0
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_of_codes_that_are_packed_it_is_said_where_dense_ones_are_smaller(run, sparse, text, tmp_path):
+    flags = ("--bits", 8, "--activations", "dynamic", "--method", "rtn", *text)
+    assert run("quantize", sparse, *flags, "--out", tmp_path / "int8").code == 0
+    ran = run("export", tmp_path / "int8", "--to", "sparse-safetensors", "--out", tmp_path / "packed", "--json").json
+    assert ran["alternatives"]["dense int4, groups of 128"] < 0.98 * ran["packed_bytes"]
+    (line,) = ran["warnings"]
+    assert "as stored without any zeros: dense int4, groups of 128" in line
+    assert line in run("inspect", tmp_path / "packed").out
+    config = tmp_path / "int8" / "config.json"
+    config.write_text(config.read_text().replace('"num_bits": 8', '"num_bits": "eight"'))
+    ran = run("export", tmp_path / "int8", "--to", "sparse-safetensors", "--out", tmp_path / "unread")
+    assert ran.code == 0, "a download asks for no meaning"
+    assert "bits per weight  not known: it holds integers" in ran.out
 
 
 def check_packed(inspected, file, bits):
