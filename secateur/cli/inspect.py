@@ -22,7 +22,8 @@ def command(directory: Path, baseline: str | None, as_json: bool) -> int:
     would be smaller is told.
     """
     from secateur.evaluation.inspect import Checkpoint, inspect
-    from secateur.export.directory import file_bytes, form_of, load_packed, stored_sizes
+    from secateur.export.directory import file_bytes, form_of, is_packed, load_packed, stored_sizes
+    from secateur.models.branches import FOLDER
     from secateur.models.load import load
     from secateur.models.sparse24 import dense_state
     from secateur.models.stored import stored_state
@@ -37,9 +38,10 @@ def command(directory: Path, baseline: str | None, as_json: bool) -> int:
     form, reference = form_of(directory), None
     if baseline is not None:
         reference = stored_state(load(baseline, dtype="auto").model)
-    tensors = openers[form](directory)
+    tensors, branches = openers[form](directory), directory / FOLDER
+    factors = load_packed(branches) if is_packed(branches) else None
     codes = Dequantized(directory, tensors) if is_quantized(directory) else None
-    found = inspect(directory, reference, tensors if codes is None else codes)
+    found = inspect(directory, reference, tensors if codes is None else codes, factors=factors)
     packed, taken = form != "dense", file_bytes(directory)
     storage = room = None
     if codes is not None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from secateur.core.low_rank import Branch
 from secateur.core.pattern import VALUE_BITS
 from secateur.models.branches import FOLDER, Branches, load_branches
@@ -28,9 +30,9 @@ class LowRank:
     """That they add to every weight of these matrices, 16 bit a number."""
 
 
-def read_branches(directory: Path) -> Branches:
+def read_branches(directory: Path, factors: Mapping[str, Tensor] | None = None) -> Branches:
     """None in most directories. ArtefactError where there are some and they are damaged."""
-    return load_branches(directory / FOLDER) if (directory / FOLDER).is_dir() else {}
+    return load_branches(directory / FOLDER, factors) if (directory / FOLDER).is_dir() else {}
 
 
 def cost_of(branches: Mapping[str, Branch], weights: int, zeros: int) -> LowRank | None:

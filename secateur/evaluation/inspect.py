@@ -174,11 +174,12 @@ def inspect(
     baseline: str | Path | Mapping[str, Tensor] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
     check: Callable[[str, Tensor], None] | None = None,
+    factors: Mapping[str, Tensor] | None = None,
 ) -> Inspection:
     """Read every tensor and check it. ``baseline``: a directory, or a loaded model's ``state_dict()``.
 
-    ``tensors`` stand for the directory's own files where they are stored in another form. ``check`` sees each
-    of them too, and raises what it finds wrong.
+    ``tensors`` stand for the directory's own files where they are stored in another form, ``factors`` for those of its
+    low-rank branches. ``check`` sees each of the tensors too, and raises what it finds wrong.
     """
     directory = Path(directory)
     checkpoint = Checkpoint(directory) if tensors is None else tensors
@@ -200,7 +201,7 @@ def inspect(
         report.broken.append(f"{report.zeros} zeros in all promised matrices together, {promises.zeros} were promised")
     for group in tied:
         _check_tied(group, checkpoint, directory, report)
-    branches, shapes = read_branches(directory), {row.name: row.shape for row in report.rows}
+    branches, shapes = read_branches(directory, factors), {row.name: row.shape for row in report.rows}
     report.low_rank = cost_of(branches, report.weights, report.zeros)
     report.broken += broken_branches(branches, promises.low_rank if promises else None, shapes)
     if base is not None:

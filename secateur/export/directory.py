@@ -1,8 +1,8 @@
 """A Hugging Face directory packed file by file, and back; its tensors without unpacking it.
 
 ``NAME.safetensors`` becomes ``NAME.sparse.safetensors``, so that nobody loads a packed file for weights by accident;
-everything else (config, tokenizer, index, ``secateur/``) is copied. Nothing appears at OUT before all of it has been
-written and, when packing, read back. Memory: one chunk of one tensor.
+so do low-rank branches in their folder. Everything else (config, tokenizer, index, ``secateur/``) is copied. Nothing
+appears at OUT before all of it has been written and, when packing, read back. Memory: one chunk of one tensor.
 """
 
 import os
@@ -59,7 +59,7 @@ def pack_directory(source: Path, out: Path, watch: Watch) -> Sizes:
     ArtefactError where `source` holds no safetensors, lacks a shard or is packed already, and where a tensor does not
     come back; UsageError where `out` is occupied or inside `source`.
     """
-    names = dense_names(source)
+    names = [*dense_names(source), *branch_names(source)]
     sizes = {name: (source / name).stat().st_size for name in names}
     with rebuilt(source, out, names) as stage:
         with watch.stage("pack"):
@@ -77,8 +77,8 @@ def unpack_directory(source: Path, out: Path, watch: Watch) -> int:
 
     ArtefactError for damage of any kind and where the disk has no room; UsageError where `out` is occupied.
     """
-    files = packed_files(source)
-    sizes = {file.path.name: file.dense.file_bytes for file in files}
+    files = packed_files(source) + (packed_files(source / FOLDER) if is_packed(source / FOLDER) else [])
+    sizes = {file.path.relative_to(source).as_posix(): file.dense.file_bytes for file in files}
     with rebuilt(source, out, list(sizes)) as stage:
         needed, free = sum(sizes.values()), shutil.disk_usage(stage).free
         if needed > free:
@@ -96,6 +96,11 @@ def dense_names(directory: Path) -> list[str]:
     if is_sparse24(directory):
         raise ArtefactError(f"{directory} is packed for torch-2:4; give the directory that it was made from")
     return [path.name for path in weight_files(directory)]
+
+
+def branch_names(directory: Path) -> list[str]:
+    """The safetensors files that hold low-rank branches, in any form."""
+    return sorted(f"{FOLDER}/{path.name}" for path in (directory / FOLDER).glob(f"*{DENSE}"))
 
 
 def refuse_stored_branches(source: Path) -> None:
@@ -145,8 +150,9 @@ def stored_sizes(directory: Path) -> dict[str, Size]:
 
 
 def file_bytes(directory: Path) -> int:
-    """Of all files that hold weights, in any form."""
-    return sum(path.stat().st_size for path in _files_as_stored(directory))
+    """Of all files that hold weights, in any form, low-rank branches included."""
+    branches = [directory / name for name in branch_names(directory)]
+    return sum(path.stat().st_size for path in [*_files_as_stored(directory), *branches])
 
 
 def _files_as_stored(directory: Path) -> list[Path]:
@@ -164,16 +170,19 @@ def _dense(name: str) -> str:
 
 @contextmanager
 def rebuilt(source: Path, out: Path, without: list[str]) -> Iterator[Path]:
-    """What becomes `out`: a copy of everything in `source` but the files named, which the caller writes anew."""
+    """What becomes `out`: a copy of everything in `source` but the files named, which the caller writes anew.
+
+    Names are paths inside `source`.
+    """
     out = place_of(out)
     refuse_nested(out, source.resolve())
     with staged(out) as stage:
         for folder, _, files in os.walk(source, onerror=_fail, followlinks=True):
-            place = stage / Path(folder).relative_to(source)
-            place.mkdir(exist_ok=True)
+            inside = Path(folder).relative_to(source)
+            (stage / inside).mkdir(exist_ok=True)
             for name in sorted(files):
-                if place != stage or name not in without:
-                    shutil.copyfile(Path(folder) / name, place / name)
+                if (inside / name).as_posix() not in without:
+                    shutil.copyfile(Path(folder) / name, stage / inside / name)
         yield stage
     clear_leftovers(out)  # not before: nothing keeps somebody else from writing there as well
 

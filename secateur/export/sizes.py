@@ -6,6 +6,7 @@ from typing import Any
 
 from secateur.export.coding import MASK
 from secateur.export.sparse_safetensors import Packed, PackedFile
+from secateur.models.branches import FOLDER
 
 FLOATING = ("F", "BF")
 """How the types begin whose elements are weights, one each; an integer may hold several codes."""
@@ -47,7 +48,7 @@ class Sizes:
     codes: Group
     """Matrices of integers, whatever a quantizer put into them."""
     whole: Group
-    """Every tensor."""
+    """Every tensor, but those of low-rank branches, which are in the files alone."""
 
     @property
     def dense_bytes(self) -> int:
@@ -59,7 +60,7 @@ class Sizes:
 
     @property
     def bits_per_weight(self) -> float | None:
-        """The files' bits for each element; None where integers hold codes, nobody here knows how many."""
+        """The files' bits for each element of the model; None where integers hold codes, nobody here knows how many."""
         return 8 * self.packed_bytes / self.whole.elements if self.whole.elements and not self.codes.tensors else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,7 +71,8 @@ class Sizes:
 
 
 def sizes_of(files: Sequence[PackedFile]) -> Sizes:
-    tensors = {name: packed for file in files for name, packed in file.tensors.items()}
+    own = [file for file in files if file.path.parent.name != FOLDER]
+    tensors = {name: packed for file in own for name, packed in file.tensors.items()}
     matrices = {name: packed for name, packed in tensors.items() if len(packed.dense.shape) >= 2}
     floating = {name: packed for name, packed in matrices.items() if packed.dense.dtype.startswith(FLOATING)}
     sparse = {name: packed for name, packed in floating.items() if packed.coding == MASK}

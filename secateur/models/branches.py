@@ -164,11 +164,14 @@ def save_branches(branches: Mapping[str, Branch], folder: Path, *, transposed: b
     save_file(tensors_of(branches, PEFT), folder / FACTORS, {"format": "pt"})
 
 
-def load_branches(folder: Path) -> Branches:
-    """What ``save_branches`` wrote. ArtefactError where files are missing or damaged, or say something else."""
+def load_branches(folder: Path, factors: Mapping[str, Tensor] | None = None) -> Branches:
+    """What ``save_branches`` wrote. ArtefactError where files are missing or damaged, or say something else.
+
+    ``factors`` stand for its tensors where these are packed.
+    """
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        branches = branches_of(load_file(folder / FACTORS), PEFT)
+        branches = branches_of(load_file(folder / FACTORS) if factors is None else factors, PEFT)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ArtefactError(f"{folder}: not a readable adapter ({error}); save or copy it again") from error
     if foreign := _foreign(config, branches):

@@ -34,7 +34,7 @@ def room_of(found: "Inspection", form: str, taken: int) -> dict[str, Any]:
     rest = 2 * (found.elements - found.weights)
     return {
         "form": form,
-        "bytes": taken + (found.low_rank.bytes if found.low_rank else 0),
+        "bytes": taken,
         "elements": found.elements,
         "weights": found.weights,
         "bits_per_weight": {MASKED: masked, **alternatives(inputs)},

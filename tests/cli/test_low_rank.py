@@ -50,6 +50,32 @@ def test_the_saved_model_is_an_ordinary_one(compensated):
     assert int((model.model.layers[1].mlp.up_proj.weight.reshape(-1, 4) == 0).sum(1).min()) == 2
 
 
+def test_branches_are_packed_counted_and_under_a_checksum(compensated, run, tmp_path):
+    packed, back = tmp_path / "packed", tmp_path / "back"
+    told = run("export", compensated[0], "--to", "sparse-safetensors", "--out", packed, "--json").json
+    file = packed / "low_rank" / "adapter_model.sparse.safetensors"
+    assert told["packed_bytes"] == (packed / "model.sparse.safetensors").stat().st_size + file.stat().st_size
+    assert (told["sparse"]["tensors"], told["whole"]["tensors"]) == (LINEARS, LINEARS + 6)
+    found = run("inspect", packed, "--json")
+    assert found.code == 0, found.err
+    assert found.json["low_rank"]["numbers"] == NUMBERS
+    room = found.json["room"]
+    assert room["bytes"] == told["packed_bytes"]
+    assert told["bits_per_weight"]["whole"] == 8 * room["bytes"] / room["elements"]
+    assert told["alternatives"].items() <= room["whole"].items()
+    assert run("unpack", packed, "--out", back).code == 0
+    for name in ("model.safetensors", "low_rank/adapter_model.safetensors", "low_rank/adapter_config.json"):
+        assert (back / name).read_bytes() == (compensated[0] / name).read_bytes()
+    data = bytearray(file.read_bytes())
+    data[-20] ^= 4
+    file.write_bytes(data)
+    for words in (("inspect", packed), ("unpack", packed, "--out", tmp_path / "again")):
+        ran = run(*words)
+        assert ran.code == 1
+        assert "low_rank/adapter_model.sparse.safetensors: " in ran.error
+        assert "is damaged" in ran.error
+
+
 def test_what_it_costs_is_told(compensated, run):
     out, report = compensated
     told = report["low_rank"]
