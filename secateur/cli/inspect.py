@@ -19,7 +19,7 @@ def command(directory: Path, baseline: str | None, as_json: bool) -> int:
 
     The exit code is 1 when a promise recorded in DIR is broken. A packed DIR is decoded, and every checksum
     verified; of a quantized one the values of its codes are checked. Bits are counted, and what
-    would be smaller is told.
+    would be smaller is told, with or without promises.
     """
     from secateur.evaluation.inspect import Checkpoint, inspect
     from secateur.export.directory import file_bytes, form_of, is_packed, load_packed, stored_sizes
@@ -31,8 +31,8 @@ def command(directory: Path, baseline: str | None, as_json: bool) -> int:
     from secateur.quantization.compressed import Dequantized, is_quantized
     from secateur.report.export_page import packed_lines
     from secateur.report.inspect_page import inspect_tables
-    from secateur.report.quantize_page import quantized_lines
-    from secateur.report.stored_page import room_lines, room_of
+    from secateur.report.quantize_page import alternatives, quantized_lines
+    from secateur.report.stored_page import room_lines, room_of, room_others
 
     openers = {"dense": Checkpoint, "sparse-safetensors": load_packed, "torch-2:4": dense_state}
     form, reference = form_of(directory), None
@@ -43,17 +43,15 @@ def command(directory: Path, baseline: str | None, as_json: bool) -> int:
     codes = Dequantized(directory, tensors) if is_quantized(directory) else None
     found = inspect(directory, reference, tensors if codes is None else codes, factors=factors)
     packed, taken = form != "dense", file_bytes(directory)
-    storage = room = None
+    storage, room, others = None, None, {}
+    lines = packed_lines(found.path) if form == "sparse-safetensors" else []
     if codes is not None:
         zeros = {row.name: (row.zeros, row.promised) for row in found.rows}
         storage = storage_of(codes, zeros, stored_sizes(directory), taken).to_dict()
-    elif found.promised:
+        others, lines = alternatives(storage), [*lines, *quantized_lines(storage, packed=packed)]
+    elif not found.integers:  # how many weights codes of somebody else hold is not known
         room = room_of(found, form, taken)
-    told = {**found.to_dict(), "packed": packed, "quantized": storage, "room": room}
-    lines = [
-        *(packed_lines(found.path) if form == "sparse-safetensors" else []),
-        *(quantized_lines(storage, packed=packed) if storage else []),
-        *(room_lines(room) if room else []),
-    ]
+        others, lines = room_others(room), [*lines, *room_lines(room)]
+    told = {**found.to_dict(), "packed": packed, "quantized": storage, "room": room, "alternatives": others}
     emit(as_json, told, *inspect_tables(found), *lines)
     return BROKEN if found.broken else 0

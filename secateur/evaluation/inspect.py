@@ -151,6 +151,8 @@ class Inspection:
     """Elements of the planned matrices; of all matrices where nothing was promised."""
     zeros: int = 0
     """Zeros among them."""
+    integers: int = 0
+    """Matrices of integers: codes of somebody else, as a rule."""
     finite: bool = True
     negative_zeros: int = 0
     """-0.0 in all tensors, planned or not."""
@@ -263,6 +265,7 @@ def _look_at(name: str, tensor: Tensor, promises: list[Promise], report: Inspect
     report.elements += tensor.numel()
     report.bytes += tensor.numel() * tensor.element_size()
     if not tensor.is_floating_point():
+        report.integers += tensor.ndim == 2
         return
     counts = _counted(tensor)
     report.negative_zeros += counts.negative

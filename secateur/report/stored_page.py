@@ -1,5 +1,7 @@
 """What ``prune``, ``train`` and ``inspect`` say of the room that a pruned directory takes, and what would take less."""
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,13 +10,15 @@ from rich.console import RenderableType
 
 from secateur.core.pattern import VALUE_BITS
 from secateur.export.directory import file_bytes
-from secateur.report.runtimes import alternatives, competitors, sizes_said, smaller_lines
+from secateur.report.runtimes import CLEARLY, alternatives, competitors, sizes_said, smaller_lines
 from secateur.report.tables import facts, size, warning_lines
 
 if TYPE_CHECKING:
     from secateur.evaluation.inspect import Inspection
 
 MASKED = "mask and 16 bit values"
+BLOCK = re.compile(r"(^|\.)\d+\.")
+"""In the names of what lies in a list, as blocks do."""
 FORMS = {
     "dense": "zeros take as much room as any number",
     "sparse-safetensors": "packed, zeros are left out",
@@ -26,19 +30,24 @@ FORMS = {
 def room_of(found: "Inspection", form: str, taken: int) -> dict[str, Any]:
     """Bits of a pruned weight and bytes of the whole model: as stored, with a mask, and by what competes with that.
 
-    All that was not pruned is counted at 16 bit, but as stored; low-rank branches with what they belong to.
+    All that was not pruned is counted at 16 bit, but as stored; low-rank branches with what they belong to. Where
+    nothing was promised, what could be pruned stands for what was: the matrices in blocks. Without zeros there is no
+    mask.
     """
-    inputs = {row.inputs for row in found.rows if row.ok is not None}
-    branches = found.low_rank.bits_per_weight if found.low_rank else 0.0
-    masked = VALUE_BITS * (1 - found.sparsity) + 1 + branches
-    rest = 2 * (found.elements - found.weights)
+    rows = [row for row in found.rows if (row.ok is not None if found.promised else BLOCK.search(row.name))]
+    inputs, weights = {row.inputs for row in rows}, sum(math.prod(row.shape) for row in rows)
+    zeros, numbers = sum(row.zeros for row in rows), found.low_rank.numbers if found.low_rank else 0
+    bits, whole = {}, {}
+    if zeros > CLEARLY * weights:
+        bits[MASKED] = 1 + VALUE_BITS * (weights - zeros + numbers) / weights
+        whole[MASKED] = 2 * (found.elements - weights) + weights * bits[MASKED] / 8
     return {
         "form": form,
         "bytes": taken,
         "elements": found.elements,
-        "weights": found.weights,
-        "bits_per_weight": {MASKED: masked, **alternatives(inputs)},
-        "whole": {MASKED: rest + found.weights * masked / 8, **competitors(found.elements, found.weights, inputs)},
+        "weights": weights,
+        "bits_per_weight": bits | alternatives(inputs),
+        "whole": whole | competitors(found.elements, weights, inputs),
     }
 
 
@@ -49,29 +58,34 @@ def told_room(folder: Path, found: "Inspection", warnings: Sequence[str]) -> dic
 
 
 def room_rows(room: Mapping[str, Any] | None) -> dict[str, str]:
-    """Bits and bytes, line by line; of a directory without pruned weights only what it takes."""
+    """Bits and bytes, line by line; of a directory without weights that could be pruned only what it takes."""
     if room is None:  # nothing was saved, or by an earlier version
         return {}
     stored = f"{size(room['bytes'])}, {8 * room['bytes'] / max(room['elements'], 1):.2f} bits a weight in all"
-    rows = {"stored": f"{stored}: {FORMS[room['form']]}"}
     if not room["weights"]:
         return {"stored": stored}
+    if MASKED not in room["whole"]:
+        return {"stored": stored, "instead": sizes_said(room_others(room))}
+    rows = {"stored": f"{stored}: {FORMS[room['form']]}"}
     if room["form"] == "dense":
         rows[MASKED] = (
             f"{size(room['whole'][MASKED])}, {room['bits_per_weight'][MASKED]:.2f} bits a pruned weight, all else at "
             "16 (`secateur export --to sparse-safetensors`)"
         )
-    return {**rows, "without any zeros": sizes_said(_others(room))}
+    return {**rows, "without any zeros": sizes_said(room_others(room))}
 
 
 def room_warnings(room: Mapping[str, Any]) -> list[str]:
-    """What makes the zeros a poor bargain: a dense directory is taken for what its masks would make of it."""
+    """What makes zeros a poor bargain: a dense directory is taken for what its masks would make of it."""
+    if MASKED not in room["whole"]:
+        return []
     if room["form"] == "dense":
-        return smaller_lines(room["whole"][MASKED], _others(room), "of a mask and 16 bit values")
-    return smaller_lines(room["bytes"], _others(room))
+        return smaller_lines(room["whole"][MASKED], room_others(room), "of a mask and 16 bit values")
+    return smaller_lines(room["bytes"], room_others(room))
 
 
-def _others(room: Mapping[str, Any]) -> dict[str, float]:
+def room_others(room: Mapping[str, Any]) -> dict[str, float]:
+    """Bytes of the whole model by what competes."""
     return {name: count for name, count in room["whole"].items() if name != MASKED}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -274,6 +275,25 @@ def test_the_room_is_counted_and_said_and_what_would_take_less(pruned, run):
     for said in (ran.out, run("inspect", out).out):
         assert "9.00 bits a pruned weight" in said
         assert report["warnings"][0] in said
+
+
+def test_without_promises_the_room_is_told_as_well(pruned, model_dir, run, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    bare = shutil.copytree(pruned[0], tmp_path / "bare", ignore=shutil.ignore_patterns("secateur"))
+    promised, told = (run("inspect", path, "--json").json for path in (pruned[0], bare))
+    assert not told["promised"]
+    assert told["room"] == promised["room"]
+    said = run("inspect", bare).out
+    assert "9.00 bits a pruned weight" in said
+    assert "smaller than the" in said
+    said = run("inspect", model_dir).out
+    assert "bits a weight in all\n" in re.sub(" +\n", "\n", said)
+    assert re.search("instead +dense, 16 bit .*, dense int8 .*, dense int4, groups of 32 ", said)
+    assert not re.search("mask|pruned weight|warning", said)
+    held = load_file(bare / "model.safetensors")
+    save_file({**held, "codes": held["model.norm.weight"].reshape(4, 8).int()}, bare / "model.safetensors")
+    assert run("inspect", bare, "--json").json["room"] is None, "codes of somebody else"
 
 
 def test_inspect_exits_1_when_a_promise_is_broken(pruned, run, tmp_path):

@@ -247,7 +247,7 @@ def test_a_model_has_the_same_alternatives_whichever_verb_tells(run, model_dir, 
     def told(*words):
         ran = run(*words, "--json")
         assert ran.code == 0, ran.err
-        return ran.json.get("alternatives") or ran.json["room"]["whole"]
+        return ran.json.get("alternatives") or ran.json["room"]["whole"]  # prune tells the room alone
 
     made = {"pruned": told("prune", model_dir, *flags, "--out", tmp_path / "pruned")}
     rtn = ("--method", "rtn", *text)
@@ -256,6 +256,9 @@ def test_a_model_has_the_same_alternatives_whichever_verb_tells(run, model_dir, 
         made[target] = told("export", tmp_path / "pruned", "--to", target, "--out", tmp_path / target)
         made[f"{target}, inspected"] = told("inspect", tmp_path / target)
     made["int4, packed"] = told("export", tmp_path / "int4", "--to", "sparse-safetensors", "--out", tmp_path / "packed")
+    shutil.copytree(tmp_path / "pruned", tmp_path / "unpromised", ignore=shutil.ignore_patterns("secateur"))
+    for name in (model_dir, *(tmp_path / name for name in ("pruned", "unpromised", "int4", "packed"))):
+        made[f"{name}, inspected"] = told("inspect", name)
     for name, found in made.items():
         assert others.items() <= found.items(), name
 
