@@ -50,13 +50,13 @@ def test_what_a_run_keeps_on_disk_is_foreseen(run, model_dir, text_file, tmp_pat
     """The run's directory as it is when all blocks are finished, hidden states in memory for the most part."""
     sizes = {}
 
-    def weigh(work):
+    def weighed(work, *finished):
+        keep(work, *finished)
         for folder in ("blocks", "hidden"):
             sizes[folder] = sum(file.stat().st_size for file in (work.path / folder).iterdir())
-        remove(work)
 
-    remove = Workdir.remove
-    monkeypatch.setattr(Workdir, "remove", weigh)
+    keep = Workdir.keep
+    monkeypatch.setattr(Workdir, "keep", weighed)
     flags = ["--sparsity", "0.5", "--data", text_file, *SMALL, "--set", "hidden_memory=0.000008192"]
     disk = run("plan", model_dir, *flags, "--json").json["memory"]["disk"]
     ran = run("prune", model_dir, *flags, "--out", tmp_path / "out", "--json")
