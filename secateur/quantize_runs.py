@@ -104,9 +104,9 @@ class QuantizeRun:
         scheme = settled.scheme(settled.group_size, _scales(loaded.model.dtype))
         _check_widths(selection.plan, scheme)
         kept = {name: to_bits((linear.weight != 0).flatten()).cpu() for name, linear in linears.items()}
-        if config.method != "joint":
-            plan = Plan(dict(_as_it_is(selection.plan, linears, loaded.source)))
-            selection = replace(selection, plan=plan)
+        held = dict(_as_it_is(selection.plan, linears, loaded.folder))
+        joint = {name: _reached(target, held[name]) for name, target in selection.plan.items()}
+        selection = replace(selection, plan=Plan(joint if config.method == "joint" else held))
         rest = inherited_by(loaded, selection.plan)
         return cls(loaded, adapter, texts, windows, settled, scheme, selection, kept, rest, watch)
 
@@ -307,12 +307,19 @@ def _scales(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
 
 
-def _as_it_is(plan: Plan, linears: Mapping[str, nn.Linear], source: str) -> Iterable[tuple[str, Target]]:
-    """Each linear with the pattern that its source promises, or that its zeros are seen to follow."""
-    promises = read_promises(Path(source)) if Path(source).is_dir() else None
+def _as_it_is(plan: Plan, linears: Mapping[str, nn.Linear], folder: Path | None) -> Iterable[tuple[str, Target]]:
+    """Each linear with the pattern that its directory promises, or that its zeros are seen to follow."""
+    promises = read_promises(folder) if folder else None
     promised = {one.name.removesuffix(".weight"): one.pattern for one in promises.linears} if promises else {}
     for name, target in plan.items():
         yield name, Target(target.shape, promised.get(name) or pattern_seen(linears[name].weight))
+
+
+def _reached(asked: Target, held: Target) -> Target:
+    """What the joint sweep, before which a matrix's zeros go first, ends with: N:M of as many zeros as were asked for
+    stays N:M."""
+    stays = isinstance(asked.pattern, Unstructured) and isinstance(held.pattern, NM)
+    return held if stays and held.pattern.sparsity >= asked.pattern.sparsity else asked
 
 
 def pattern_seen(W: Tensor) -> Pattern:

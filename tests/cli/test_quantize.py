@@ -337,6 +337,15 @@ def test_joint_prunes_and_quantizes_a_dense_model(pattern, share, promised, run,
     logits(opened(tmp_path / "out"))
 
 
+@pytest.mark.parametrize(("sparsity", "promised"), [("0.3", "2:4"), ("0.6", "60%")])
+def test_joint_keeps_the_pattern_of_what_is_pruned_already(sparsity, promised, run, sparse, text, tmp_path):
+    flags = ["--method", "joint", "--sparsity", sparsity, "--bits", 8, "--activations", "dynamic", *text]
+    assert run("quantize", sparse, *flags, "--out", tmp_path / "out").code == 0
+    rows = run("inspect", tmp_path / "out", "--json").json["rows"]
+    assert {row["pattern"] for row in rows if row["ok"]} == {promised}
+    assert promised != "2:4" or run("export", tmp_path / "out", "--to", "torch-2:4", "--out", tmp_path / "x").code == 0
+
+
 def test_only_what_is_chosen(run, dense, text, tmp_path):
     flags = ["--blocks", "0:1", "--ignore", "down_proj", "--method", "rtn", *text]
     assert run("quantize", dense, *flags, "--out", tmp_path / "out").code == 0
