@@ -21,6 +21,7 @@ from secateur.core.two_of_four import PER_BYTE, first_broken_row, pack
 from secateur.errors import ArtefactError, UsageError
 from secateur.export.directory import Watch, dense_names, rebuilt, refuse_stored_branches, stored_sizes
 from secateur.models import sparse24_loader
+from secateur.models.container import read_header
 from secateur.models.headers import DENSE, INDEX, Size
 from secateur.models.skeleton import linear_weights
 from secateur.models.sparse24_loader import SUFFIX, VERSION, checksum, read_file
@@ -37,6 +38,8 @@ def export_sparse24(source: Path, out: Path, watch: Watch) -> dict[str, Any]:
     """
     names = dense_names(source)
     refuse_stored_branches(source)
+    for name in names:
+        read_header(source / name)  # says in which file damage is
     linears = linear_weights(source)
     promised, others = _promised(source, linears)
     sizes = {"dense_bytes": 0, "packed_bytes": 0}
@@ -89,7 +92,7 @@ def _promised(source: Path, own: set[str]) -> tuple[set[str], dict[str, str]]:
                 others[name] = "is no linear of its own in the model, which torch.sparse wants"
             else:
                 held.add(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtefactError(f"{path}: not a promise file ({type(error).__name__}: {error}); prune again") from error
     if others and not held:
         name, why = next(iter(others.items()))

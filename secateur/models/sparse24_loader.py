@@ -23,7 +23,8 @@ import json
 import statistics
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -92,7 +93,11 @@ def load_sparse(directory: str, device: str = "cuda", tokens: int = TOKENS) -> t
     if lacking := lacks():
         raise NotHereError(lacking)
     state, packed = read_state(directory)
-    model, codes = build(directory, state)
+    with told(f"{directory} cannot be opened"):
+        model, codes = build(directory, state)
+        linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        if others := sorted({*packed} - linears):
+            raise ValueError(f"{others[0]} is packed and no linear")
     held = {name: codes.get(name) for name in packed}
     return model.to(device), swap(model, held, tokens, time_on_gpu)
 
@@ -291,13 +296,23 @@ def read_state(directory: str) -> tuple[dict[str, Tensor], list[str]]:
     state: dict[str, Tensor] = {}
     packed: list[str] = []
     for path in files:
-        try:
+        with told(f"{path} cannot be read"):
             packed += read_file(path, state)
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
-            raise DamagedError(f"{path} cannot be read ({error}); copy or export it again") from error
     if not packed:
         raise DamagedError(f"{directory} packs no matrix; export it again")
     return state, packed
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Whatever damage ends in, as a DamagedError of one line."""
+    try:
+        yield
+    except DamagedError:
+        raise
+    except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise DamagedError(f"{what} ({said}); copy or export it again") from error
 
 
 def read_file(path: Path, into: dict[str, Tensor]) -> list[str]:
@@ -324,6 +339,8 @@ def checksum(tensor: Tensor) -> int:
 
 def unpack(values: Tensor, places: Tensor) -> Tensor:
     """(R, C/2) values and (R, C/8) bytes of places as the (R, C) matrix."""
+    if values.ndim != 2 or places.dtype != torch.uint8 or places.shape != (len(values), values.shape[1] / 4):
+        raise ValueError(f"{tuple(values.shape)} values have {tuple(places.shape)} places in {places.dtype}")
     R, half = values.shape
     nibbles = torch.stack([places & 15, places >> 4], 2).reshape(R, half // 2)
     index = torch.stack([nibbles & 3, nibbles >> 2], 2).long()

@@ -2,9 +2,11 @@
 
 import copy
 import json
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from secateur import export_to, load_sparse
 from secateur.core.pattern import NM, Unstructured, keep_mask, pattern_to_dict
+from secateur.core.two_of_four import pack
 from secateur.errors import ArtefactError, DeviceError, UsageError
 from secateur.models import sparse24_loader
 from secateur.models.container import read_header
 from secateur.models.sparse24 import dense_state
-from secateur.models.sparse24_loader import swap
+from secateur.models.sparse24_loader import checksum, swap
 
 
 @pytest.fixture
@@ -188,6 +191,15 @@ def no_promise(pruned: Path) -> None:
     (pruned / "secateur" / "promise.json").write_text('{"linears": 3}')
 
 
+def truncated(pruned: Path) -> None:
+    file = pruned / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def nested_promise(pruned: Path) -> None:
+    (pruned / "secateur" / "promise.json").write_text("[" * 9999)
+
+
 def branched(pruned: Path) -> None:
     (pruned / "low_rank").mkdir()
 
@@ -219,6 +231,8 @@ def test_experts_that_the_model_holds_fused_are_not_packed(moe, tmp_path):
         (broken_weight, UsageError, r"model.layers.0.self_attn.k_proj.weight is not 2:4: row 3 has more than 2"),
         (dense, UsageError, r"model\..*weight is not 2:4, nor is any matrix of"),
         (no_promise, ArtefactError, r"not a promise file"),
+        (nested_promise, ArtefactError, r"not a promise file"),
+        (truncated, ArtefactError, r"/pruned/model.safetensors has \d+ bytes and \d+ by its header; copy or download"),
     ],
 )
 def test_what_cannot_be_exported(spoil, kind, said, pruned, tmp_path):
@@ -253,6 +267,26 @@ def gone(file: Path) -> None:
     file.unlink()
 
 
+NAME = "model.layers.0.mlp.up_proj.weight"
+
+
+def rewritten(part: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    """One tensor changed, and its checksum with it."""
+
+    def spoil(file: Path) -> None:
+        held = load_file(file)
+        held[part] = change(held[part]).contiguous()
+        sums = {name: checksum(tensor) for name, tensor in held.items()}
+        save_file(held, file, metadata=read_header(file).metadata | {"sums": json.dumps(sums)})
+
+    return spoil
+
+
+def says(**words: str) -> Callable[[Path], None]:
+    """Other metadata."""
+    return lambda file: save_file(load_file(file), file, metadata=read_header(file).metadata | words)
+
+
 def test_a_missing_shard_is_not_filled_in_at_random(pruned, tmp_path, monkeypatch):
     """The head is tied and stored nowhere: only what really lacks is missed."""
     held = load_file(pruned / "model.safetensors")
@@ -277,9 +311,53 @@ def test_a_missing_shard_is_not_filled_in_at_random(pruned, tmp_path, monkeypatc
         (cut, "cannot be read"),
         (later, r"is of version 3, this reads 2"),
         (gone, r"holds no \*"),
+        (rewritten(f"{NAME}.values", lambda values: values[:-1]), r"\(63, 16\) values have \(64, 4\) places"),
+        (rewritten(f"{NAME}.values", torch.Tensor.flatten), r"\(1024,\) values have"),
+        (rewritten(f"{NAME}.values", lambda values: values[0, 0]), r"\(\) values have"),
+        (rewritten(f"{NAME}.places", lambda places: places[:, :-1]), r"have \(64, 3\) places"),
+        (rewritten(f"{NAME}.places", torch.Tensor.float), "places in torch.float32"),
+        *((says(packed=text), "cannot be read") for text in ("", "3", "null", "[3]", "[[]]", "[" * 9999)),
+        *((says(sums=text), "cannot be read") for text in ("", "3", "null", "[]", "{}", "[" * 9999)),
+        (says(packed="{}"), "packs no matrix"),
     ],
 )
 def test_damaged_directories(spoil, said, exported):
+    """The reader's own error, in the line that Secateur gives on: the path, what is wrong, what to do."""
     spoil(exported / "model.sparse24.safetensors")
-    with pytest.raises(ArtefactError, match=said):
+    with pytest.raises(sparse24_loader.DamagedError, match=said) as caught:
+        sparse24_loader.read_state(str(exported))
+    with pytest.raises(ArtefactError, match=rf"^{re.escape(str(caught.value))}$"):
         dense_state(exported)
+    assert re.match(rf"{re.escape(str(exported))}.*(copy|export|give|update)[^\n]*$", str(caught.value))
+
+
+def embedding_packed(out: Path) -> None:
+    name, file = "model.embed_tokens.weight", out / "model.sparse24.safetensors"
+    held, words = load_file(file), read_header(file).metadata
+    held[f"{name}.values"], held[f"{name}.places"] = pack(torch.zeros_like(held.pop(name)))
+    sums = {name: checksum(tensor) for name, tensor in held.items()}
+    told = {"packed": json.dumps([*json.loads(words["packed"]), name]), "sums": json.dumps(sums)}
+    save_file(held, file, metadata=words | told)
+
+
+def other_model(out: Path) -> None:
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        embedding_packed,
+        other_model,
+        lambda out: (out / "config.json").unlink(),
+        lambda out: (out / "config.json").write_text("["),
+    ],
+)
+def test_what_is_no_model(spoil, exported, monkeypatch):
+    monkeypatch.setattr(sparse24_loader, "lacks", lambda: None)
+    spoil(exported)
+    with pytest.raises(sparse24_loader.DamagedError) as caught:
+        sparse24_loader.load_sparse(str(exported), device="cpu")
+    wanted = rf"{re.escape(str(exported))} cannot be opened \(.*\); copy or export it again"
+    assert re.fullmatch(wanted, str(caught.value))
