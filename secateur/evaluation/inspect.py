@@ -33,6 +33,7 @@ from torch import Tensor
 from secateur.core.pattern import Pattern, check_mask, pattern_from_dict, pattern_to_dict, zeros_in
 from secateur.errors import ArtefactError
 from secateur.evaluation.branches import LowRank, broken_branches, cost_of, read_branches
+from secateur.models.container import is_count
 from secateur.models.headers import weight_files
 
 PROMISE = Path("secateur") / "promise.json"
@@ -346,7 +347,7 @@ def _names(path: Path) -> list[str]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtefactError(f"{path}: not readable JSON ({error}); save or copy it again") from error
     if not isinstance(data, dict):
         raise ArtefactError(f"{path}: holds a {type(data).__name__}, an object was wanted; save or copy it again")
@@ -361,12 +362,25 @@ def read_promises(directory: Path) -> Promises | None:
     data = _read_json(path)
     try:
         linears = [_promise(name, entry) for name, entry in data["linears"].items()]
-        changed = tuple(data.get("changed", ()))
-        return Promises(linears, data["tied"], data.get("low_rank", {}), data.get("zeros", 0), changed)
+        tied, changed = data["tied"], data.get("changed", [])
+        ranks, zeros = data.get("low_rank", {}), data.get("zeros", 0)
+        if not isinstance(tied, list) or not all(map(_are_names, [*tied, changed])):
+            raise ValueError("tied or changed are no lists of names")
+        if not all(map(is_count, [*ranks.values(), zeros])):
+            raise ValueError("low_rank or zeros are no numbers from 0 on")
+        return Promises(linears, tied, ranks, zeros, tuple(changed))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ArtefactError(f"{path}: not a promise file ({type(error).__name__}: {error}); prune again") from error
 
 
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
 def _promise(name: str, entry: dict[str, Any]) -> Promise:
     part = entry.get("part") or {"of": name, "at": ()}
-    return Promise(name, pattern_from_dict(entry["pattern"]), entry["transposed"], part["of"], tuple(part["at"]))
+    of, at = part["of"], tuple(part["at"])
+    rows = at[-2:] or (0, 1)
+    if not isinstance(of, str) or len(at) not in (0, 2, 3) or not all(map(is_count, at)) or rows[0] >= rows[1]:
+        raise ValueError(f"{name} is a part at {list(at)} of {of!r}")
+    return Promise(name, pattern_from_dict(entry["pattern"]), entry["transposed"], of, at)

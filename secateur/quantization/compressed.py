@@ -116,9 +116,9 @@ def is_quantized(directory: Path) -> bool:
 
 def _told(directory: Path) -> dict[str, Any]:
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        return config.get("quantization_config") or {}
-    except (OSError, ValueError, AttributeError):
+        told = json.loads((directory / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+        return told if isinstance(told, dict) else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 
@@ -136,7 +136,9 @@ class Dequantized(Mapping[str, Tensor]):
             config = known.model_validate(told)
             (self.scheme,) = config.config_groups.values()
             self.format, self._codec = _codec(self.scheme)
-        except (TypeError, ValueError) as error:
+            if self.scheme.weights is None:
+                raise ValueError("no scheme of weights")
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise ArtefactError(
                 f"{directory}: its quantization_config is not one that secateur reads "
                 f"({first_line(error)}); quantize again, or copy it again"

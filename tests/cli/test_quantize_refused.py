@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from secateur.quantization.compressed import is_quantized
+
 
 def test_a_lost_zero_would_be_found(int4, run, tmp_path):
     out = shutil.copytree(int4[0], tmp_path / "out")
@@ -33,7 +35,15 @@ def other_scheme(stored, config):
     }
 
 
-@pytest.mark.parametrize("damage", [damaged, wrong_scales, other_scheme])
+def no_scheme(stored, config):
+    config["quantization_config"]["config_groups"] = {"group_0": []}
+
+
+def no_weights(stored, config):
+    config["quantization_config"]["config_groups"]["group_0"]["weights"] = None
+
+
+@pytest.mark.parametrize("damage", [damaged, wrong_scales, other_scheme, no_scheme, no_weights])
 def test_a_damaged_directory_is_one_line(damage, int4, run, tmp_path):
     out = shutil.copytree(int4[0], tmp_path / "out")
     stored, config = load_file(out / "model.safetensors"), json.loads((out / "config.json").read_text())
@@ -45,6 +55,12 @@ def test_a_damaged_directory_is_one_line(damage, int4, run, tmp_path):
         assert ran.code == 1, words
         assert "Traceback" not in ran.err
         assert str(out) in ran.error
+
+
+@pytest.mark.parametrize("told", ["3", "[]", '"x"', "null", '{"quant_method": []}', "[" * 9999])
+def test_what_is_no_quantization_config(told, tmp_path):
+    (tmp_path / "config.json").write_text(f'{{"quantization_config": {told}}}')
+    assert not is_quantized(tmp_path)
 
 
 REFUSED = {

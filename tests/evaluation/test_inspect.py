@@ -178,6 +178,15 @@ def corrupt(name, content):
     return change
 
 
+def promised(**told):
+    """A promise file of nothing but ``told``."""
+    return corrupt("secateur/promise.json", json.dumps({"linears": {}, "tied": []} | told).encode())
+
+
+def part(**told):
+    return promised(linears={"W": {"pattern": {"kind": "n:m", "n": 2, "m": 4}, "transposed": False, "part": told}})
+
+
 BAD_DIRECTORIES = [
     (lambda d: (d / "model.safetensors").unlink(), "no .safetensors file"),
     (corrupt("model.safetensors", b"rubbish"), "not a readable safetensors file"),
@@ -187,6 +196,13 @@ BAD_DIRECTORIES = [
     (corrupt("secateur/promise.json", b"[]"), "holds a list, an object was wanted"),
     (corrupt("secateur/promise.json", b"{}"), "not a promise file"),
     (corrupt("secateur/promise.json", b'{"linears": {"a": {"pattern": {"kind": "x"}, "transposed": false}}}'), "kind"),
+    (corrupt("secateur/promise.json", b"[" * 9999), "not readable JSON"),
+    *((promised(tied=value), "not a promise file") for value in (True, None, {}, "ab", [0], ["ab"], [[0]])),
+    *((promised(changed=value), "not a promise file") for value in (True, None, {}, "ab", [0], [[]])),
+    *((promised(zeros=value), "not a promise file") for value in (True, None, {}, "1", [], -1, 0.5)),
+    *((promised(low_rank=value), "not a promise file") for value in (True, None, [], {"a": "1"}, {"a": None})),
+    *((part(of="W", at=at), "not a promise file") for at in (1, [1], ["0", "1"], [[0], 0, 1], [3, 3], [-1, 3])),
+    (part(of=["W"], at=[0, 1]), "not a promise file"),
 ]
 
 
