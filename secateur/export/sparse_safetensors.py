@@ -43,6 +43,9 @@ KEY = "sparse_safetensors"
 LARGEST_CHUNK = 1 << 22
 """Bytes; a file that asks for more is refused, because a chunk is held in memory, about a dozen times while a mask of
 single bytes is undone."""
+HEADER, SHARE = 500_000, 64
+"""A file whose header has more bytes than so many and than this share of the file is refused: hostile JSON takes almost
+fifty times its bytes while it is parsed, which is 25 MB, or less than the file itself has."""
 MOST_CRC = (1 << 32) - 1
 
 Done = Callable[[int], None]
@@ -91,6 +94,10 @@ def pack_file(dense: Path, out: Path, done: Done) -> None:
             file.seek(header.data_at + entry.start)
             tensors[name] = pack_tensor(file, entry, to)
             done(header.data_at + entry.end)
+        if room > longest_header(to.tell()):
+            raise ArtefactError(
+                f"{dense} has too many tensors for its size, headers take {room} bytes; save it in shards"
+            )
         to.truncate()  # a file of empty tensors has nothing behind its header
         to.seek(0)
         write_header(to, packed_header(header, tensors, room))
@@ -136,6 +143,10 @@ def chunks_of(entry: Entry, chunk: int) -> int:
     return -(-entry.bytes // chunk)
 
 
+def longest_header(file_bytes: int) -> int:
+    return max(HEADER, file_bytes // SHARE)
+
+
 def largest_frame(chunk: int) -> int:
     """Bytes that no frame reaches: zstd adds little to what it cannot shrink, a mask an eighth at most."""
     return 2 * chunk + 1024
@@ -160,7 +171,7 @@ class PackedFile:
     @classmethod
     def open(cls, path: Path) -> "PackedFile":
         """ArtefactError for a file that is not packed, from a later version, or contradicts itself."""
-        header = read_header(path)
+        header = read_header(path, longest_header(path.stat().st_size))
         check_version(path, header.metadata.get(KEY))
         try:
             text = header.metadata["header"].encode()

@@ -68,13 +68,16 @@ class Header:
         return self.data_at + max((entry.end for entry in self.tensors.values()), default=0)
 
 
-def read_header(path: Path) -> Header:
-    """ArtefactError for a file that is not what its header says."""
+def read_header(path: Path, longest: int = LONGEST_HEADER) -> Header:
+    """ArtefactError for a file that is not what its header says, and for a header of more bytes than ``longest``."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(size - 8, LONGEST_HEADER):
-            raise ArtefactError(f"{path} is no safetensors file, its header would have {length} bytes; {AGAIN}")
+        most = min(size - 8, longest)
+        if not 2 <= length <= most:
+            raise ArtefactError(
+                f"{path} is no safetensors file, its header would have {length} bytes, wanted 2 to {most}; {AGAIN}"
+            )
         header = parse_header(file.read(length), str(path))
     if header.file_bytes != size:
         raise ArtefactError(f"{path} has {size} bytes and {header.file_bytes} by its header; {AGAIN}")

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from secateur.errors import ArtefactError
 from secateur.export.coding import CHUNK, MASK, PLANES, encode
-from secateur.export.sparse_safetensors import LARGEST_CHUNK, pack_file, unpack_file
+from secateur.export.sparse_safetensors import HEADER, LARGEST_CHUNK, pack_file, unpack_file
 from secateur.models.container import Entry, header_text, read_header
 
 
@@ -235,6 +235,68 @@ def test_hostile_files_are_refused_in_a_line(name, tmp_path, bounded):
     forged(tmp_path / "forged", change)
     with bounded(), pytest.raises(ArtefactError, match=said):
         unpacked(tmp_path / "forged", tmp_path)
+
+
+ALMOST = HEADER - 3000
+
+
+def frames_of(value):
+    def change(entries, metadata, packing):
+        one = json.dumps(json.dumps(value, separators=(",", ":")))
+        packing["tensors"]["W"]["frames"] = [value] * (ALMOST // (len(one) - 1))
+        metadata["packing"] = json.dumps(packing, separators=(",", ":"))
+
+    return change
+
+
+def names_in(place):
+    names = {f"{number:x}": [] for number in range(ALMOST // 14)}
+    return lambda e, m, p: {"entries": e, "packing": p, "rows": p["tensors"]}[place].update(names)
+
+
+def shapes_of(value):
+    return lambda e, m, p: e["W"].update(shape=[value] * (ALMOST // (len(json.dumps(value)) + 2)))
+
+
+LONG = {
+    "frames that are lists": frames_of([]),
+    "frames that are objects": frames_of({}),
+    "frames that are nothing": frames_of(0),
+    "frames that are lists of lists": frames_of(json.loads("[" * 500 + "]" * 500)),
+    "frames that are objects of objects": frames_of(json.loads('{"a":' * 300 + "0" + "}" * 300)),
+    "shapes that are objects": shapes_of({}),
+    "names of tensors": names_in("entries"),
+    "names of rows": names_in("rows"),
+    "names in the packing": names_in("packing"),
+    "words outside Latin": lambda e, m, p: m.update(note="𝄞" + "x" * ALMOST, header="{"),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_the_longest_hostile_headers_take_what_is_documented(name, tmp_path, bounded):
+    forged(tmp_path / "forged", LONG[name])
+    size = (tmp_path / "forged").stat().st_size
+    assert 0.7 * HEADER < size < HEADER
+    with bounded(50 * HEADER):
+        outcome(tmp_path / "forged", tmp_path)
+
+
+def test_longer_headers_are_not_read(tmp_path, bounded):
+    forged(tmp_path / "forged", lambda e, m, p: p["tensors"]["W"].update(frames=[[]] * 4_000_000))
+    with bounded(1_000_000), pytest.raises(ArtefactError, match=r"header would have \d+ bytes, wanted 2 to 500000;"):
+        unpacked(tmp_path / "forged", tmp_path)
+
+
+def test_what_would_not_be_read_is_not_packed(tmp_path):
+    """Thousands of tensors of nothing; the same header before enough data is welcome."""
+    tensors = {f"W{number}": torch.zeros(0) for number in range(2700)}
+    save_file(tensors, tmp_path / "dense")
+    with pytest.raises(ArtefactError, match=r"/dense has too many tensors for its size, headers take \d+ bytes; save"):
+        pack_file(tmp_path / "dense", tmp_path / "packed", nobody)
+    save_file(tensors | {"W": torch.randint(0, 256, (40_000_000,), dtype=torch.uint8)}, tmp_path / "dense")
+    pack_file(tmp_path / "dense", tmp_path / "packed", nobody)
+    assert read_header(tmp_path / "packed").data_at > HEADER
+    assert unpacked(tmp_path / "packed", tmp_path) == (tmp_path / "dense").read_bytes()
 
 
 def test_the_largest_chunk_takes_what_is_documented(tmp_path, bounded):
