@@ -162,7 +162,10 @@ class Dequantized(Mapping[str, Tensor]):
         if f"{linear}.weight_scale" not in self.stored:
             return self.stored[name]
         try:
-            return self._codec.decompress(self.parts(linear), self.scheme)["weight"]
+            parts = self.parts(linear)
+            W = self._codec.decompress(dict(parts), self.scheme)["weight"]
+            _check_shapes(W, parts, self.scheme.weights)
+            return W
         except (RuntimeError, KeyError, ValueError, AssertionError, TypeError, IndexError) as error:
             raise ArtefactError(
                 f"{self.directory}: codes and scales of {linear} do not fit ({first_line(error)}); quantize again"
@@ -176,3 +179,19 @@ class Dequantized(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def _check_shapes(W: Tensor, parts: Mapping[str, Tensor], scheme: Any) -> None:
+    """ValueError where what is stored is not what such a matrix, (R, C), needs; the library cuts and repeats it."""
+    *rows, C = W.shape
+    held = {name: list(part.shape) for name, part in parts.items()}
+    wanted = {"weight": [*rows, C]}
+    if "weight_packed" in parts:
+        wanted["weight_packed"] = [*rows, -(-C * scheme.num_bits // (8 * parts["weight_packed"].element_size()))]
+    if "weight_shape" in parts:
+        held["weight_shape"], wanted["weight_shape"] = parts["weight_shape"].tolist(), [*rows, C]
+    if scheme.strategy in ("channel", "group"):
+        wanted["weight_scale"] = [*rows, -(-C // (scheme.group_size or C))]
+    for name, shape in held.items():
+        if shape != wanted.get(name, shape):
+            raise ValueError(f"{name} {shape}, wanted {wanted[name]}")

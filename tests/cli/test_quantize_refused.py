@@ -29,6 +29,30 @@ def wrong_scales(stored, config):
     stored["model.layers.0.mlp.up_proj.weight_scale"] = torch.ones(7, 3)
 
 
+UP = "model.layers.0.mlp.up_proj"
+
+
+def shape_of_a_giant(stored, config):
+    stored[f"{UP}.weight_shape"] = torch.tensor([10**9, 10**9])
+
+
+def shape_below_zero(stored, config):
+    stored[f"{UP}.weight_shape"] *= -1
+
+
+def shape_of_a_half(stored, config):
+    stored[f"{UP}.weight_shape"][1] //= 2
+    stored[f"{UP}.weight_scale"] = stored[f"{UP}.weight_scale"][:, :1].contiguous()
+
+
+def scales_twice(stored, config):
+    stored[f"{UP}.weight_scale"] = torch.cat(2 * [stored[f"{UP}.weight_scale"]], 1)
+
+
+def one_row_of_scales(stored, config):
+    stored[f"{UP}.weight_scale"] = stored[f"{UP}.weight_scale"][:1].contiguous()
+
+
 def other_scheme(stored, config):
     config["quantization_config"]["config_groups"] = {
         "group_0": {"targets": ["Linear"], "weights": {"num_bits": "four"}}
@@ -55,6 +79,21 @@ def test_a_damaged_directory_is_one_line(damage, int4, run, tmp_path):
         assert ran.code == 1, words
         assert "Traceback" not in ran.err
         assert str(out) in ran.error
+
+
+SHAPES = [shape_of_a_giant, shape_below_zero, shape_of_a_half, scales_twice, one_row_of_scales]
+
+
+@pytest.mark.parametrize("damage", SHAPES)
+def test_inspect_believes_no_shape(damage, int4, run, tmp_path):
+    """What is counted and checked is what the codes stand for, whatever is said beside them."""
+    out = shutil.copytree(int4[0], tmp_path / "out")
+    stored = load_file(out / "model.safetensors")
+    damage(stored, None)
+    save_file(stored, out / "model.safetensors", {"format": "pt"})
+    ran = run("inspect", out)
+    assert (ran.code, ran.out) == (1, "")
+    assert f"{out}: codes and scales of {UP} do not fit" in ran.error
 
 
 @pytest.mark.parametrize("told", ["3", "[]", '"x"', "null", '{"quant_method": []}', "[" * 9999])
