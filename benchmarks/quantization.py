@@ -144,8 +144,8 @@ def bits(row: dict[str, Any]) -> float:
 def table() -> None:
     print("| pattern | scheme | WikiText-2 | C4 | bits, linears | MB | MB packed | bits packed, all |")
     print("| --- | --- |" + " ---: |" * 6)
-    for key, row in finished().items():
-        pattern, scheme = key.split(" | ")
+    rows = finished()
+    for pattern, scheme, row in ((*case, rows[case.key]) for case in cases() if case.key in rows):
         stored = row["report"]["storage"]["bits_per_weight"] if row["report"] else 16
         ppl = " | ".join(f"{row[name]['ppl']:.1f}" for name in EVALUATION)
         sizes = f"{row['bytes'] / 1e6:.0f} | {row['packed'] / 1e6:.0f} | {bits(row):.2f}"

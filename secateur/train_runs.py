@@ -213,12 +213,12 @@ class TrainRun:
         promises = read_promises(folder) if folder and not self.config.lora else None
         own = {one.name for one in promised(self.student.model, self.plan)}
         names = [one.name for one in promises.linears if one.name not in own] if promises else []
-        lost = (
-            f"{len(names)} matrices that {self.student.source} promises sparse were outside the plan and trained dense"
-        )
-        return (
-            [f"{lost}, the first {names[0]}: their zeros are gone; include them, or train with lora"] if names else []
-        )
+        if not names:
+            return []
+        return [
+            f"{len(names)} matrices that {self.student.source} promises sparse were outside the plan and trained "
+            f"dense, the first {names[0]}: their zeros are gone; include them, or train with lora"
+        ]
 
     def report(self, records: list[StepRecord], noted: dict[str, Any], kept: Plan) -> dict[str, Any]:
         """All that ``report.json`` holds; seconds and memory are those of this process."""
