@@ -1,6 +1,7 @@
 """Shared fixtures. Tests are offline; pyproject.toml makes warnings errors and executes core's shape annotations."""
 
 import os
+import sys
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")  # read when transformers is imported
 os.environ.pop("COLUMNS", None)  # processes of pytest-xdist have it; pages are as wide as in any pipe
@@ -8,6 +9,8 @@ os.environ.pop("COLUMNS", None)  # processes of pytest-xdist have it; pages are 
 from pathlib import Path
 
 import pytest
+
+sys.modules.setdefault("openvino_telemetry", None)  # pyright: ignore[reportArgumentType]  (tests call nobody)
 
 
 @pytest.fixture(scope="session")
