@@ -23,13 +23,14 @@ from secateur.core.pattern import NM, Pattern, Unstructured, check_mask
 from secateur.core.plan import Plan, Target
 from secateur.data.sources import Texts, read_texts
 from secateur.errors import ArtefactError, UsageError
-from secateur.evaluation.inspect import Checkpoint, Inherited, Inspection, read_promises
+from secateur.evaluation.inspect import Checkpoint, Inspection
 from secateur.export.directory import file_bytes, stored_sizes
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.branches import attached
 from secateur.models.grids import check_carriers, divisions, note_input
 from secateur.models.load import Loaded
 from secateur.models.offload import moved
+from secateur.models.promises import Inherited, read_promises
 from secateur.models.save import clear_leftovers, staged
 from secateur.pruning.oneshot import Beside, BlockRecord, RunOptions, prune_blocks
 from secateur.pruning.selection import Selection

@@ -20,11 +20,12 @@ from secateur.core.sparsellm import SparseLLM
 from secateur.data.sources import KNOWN, Texts, read_texts
 from secateur.data.tokens import check_seq_len, sample_windows, tokenize
 from secateur.errors import ArtefactError, UsageError
-from secateur.evaluation.inspect import Inherited, Inspection, inherited, inspect
+from secateur.evaluation.inspect import Inspection, inherited, inspect
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.branches import attached, refuse_branches
 from secateur.models.load import Loaded, check_device, fingerprint, load
 from secateur.models.offload import is_offloaded, moved
+from secateur.models.promises import Inherited
 from secateur.models.save import clear_leftovers, save, staged
 from secateur.pruning.ffn import check_whole_ffns
 from secateur.pruning.hidden import Budget

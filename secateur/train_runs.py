@@ -22,10 +22,11 @@ from secateur.core.sparse_adamw import NEED_INPUTS
 from secateur.data.sources import Texts, read_texts
 from secateur.data.tokens import check_seq_len
 from secateur.errors import UsageError
-from secateur.evaluation.inspect import Checkpoint, Inherited, Inspection, read_promises
+from secateur.evaluation.inspect import Checkpoint, Inspection
 from secateur.models.adapter import DecoderAdapter
 from secateur.models.head import check_head
 from secateur.models.load import Loaded
+from secateur.models.promises import Inherited, read_promises
 from secateur.models.quiet import quiet
 from secateur.models.save import clear_leftovers, save, staged
 from secateur.pruning.selection import Selection

@@ -16,17 +16,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from secateur.core.pattern import NM, pattern_from_dict
+from secateur.core.pattern import NM
 from secateur.core.two_of_four import PER_BYTE, first_broken_row, pack
 from secateur.errors import ArtefactError, UsageError
 from secateur.export.directory import Watch, dense_names, rebuilt, refuse_stored_branches, stored_sizes
 from secateur.models import sparse24_loader
 from secateur.models.container import read_header
 from secateur.models.headers import DENSE, INDEX, Size
+from secateur.models.promises import read_promises
 from secateur.models.skeleton import linear_weights
 from secateur.models.sparse24_loader import SUFFIX, VERSION, checksum, read_file
 
-PROMISE = Path("secateur") / "promise.json"
 LOADER = "sparse24_loader.py"
 
 
@@ -79,21 +79,16 @@ def _promised(source: Path, own: set[str]) -> tuple[set[str], dict[str, str]]:
 
     UsageError where these are all.
     """
-    path = source / PROMISE
+    promises = read_promises(source)
     held: set[str] = set()
     others: dict[str, str] = {}
-    try:
-        linears = json.loads(path.read_text(encoding="utf-8"))["linears"] if path.is_file() else {}
-        for name, entry in linears.items():
-            pattern = pattern_from_dict(entry["pattern"])
-            if not (isinstance(pattern, NM) and pattern.m == 4 and pattern.n <= 2):
-                others[name] = f"is not 2:4 but {pattern}"
-            elif name not in own or entry.get("part"):
-                others[name] = "is no linear of its own in the model, which torch.sparse wants"
-            else:
-                held.add(name)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ArtefactError(f"{path}: not a promise file ({type(error).__name__}: {error}); prune again") from error
+    for one in promises.linears if promises else ():
+        if not (isinstance(one.pattern, NM) and one.pattern.m == 4 and one.pattern.n <= 2):
+            others[one.name] = f"is not 2:4 but {one.pattern}"
+        elif one.name not in own or one.at:
+            others[one.name] = "is no linear of its own in the model, which torch.sparse wants"
+        else:
+            held.add(one.name)
     if others and not held:
         name, why = next(iter(others.items()))
         raise UsageError(f"{name} {why}; prune with --pattern 2:4, or take another target")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from secateur.core.plan import Plan
-    from secateur.evaluation.inspect import Inherited, Promise
+    from secateur.models.promises import Inherited, Promise
     from secateur.pruning.oneshot import BlockRecord
 
 
@@ -90,8 +90,8 @@ def promised(model: "PreTrainedModel", plan: "Plan") -> list["Promise"]:
 
     Any linear that is neither an nn.Linear nor a part of fused experts (so a Conv1D) is stored as (in, out).
     """
-    from secateur.evaluation.inspect import Promise
     from secateur.models.linears import stored_transposed
+    from secateur.models.promises import Promise
     from secateur.models.stored import stored
 
     transposed = {name for name, module in model.named_modules() if stored_transposed(module)}

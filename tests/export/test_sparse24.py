@@ -231,7 +231,7 @@ def test_experts_that_the_model_holds_fused_are_not_packed(moe, tmp_path):
         (broken_weight, UsageError, r"model.layers.0.self_attn.k_proj.weight is not 2:4: row 3 has more than 2"),
         (dense, UsageError, r"model\..*weight is not 2:4, nor is any matrix of"),
         (no_promise, ArtefactError, r"not a promise file"),
-        (nested_promise, ArtefactError, r"not a promise file"),
+        (nested_promise, ArtefactError, r"promise.json: not readable JSON"),
         (truncated, ArtefactError, r"/pruned/model.safetensors has \d+ bytes and \d+ by its header; copy or download"),
     ],
 )
