@@ -101,6 +101,8 @@ def run(only: str) -> None:
         one = dense(pair.model) if pair.one == "16 bit" else exported(pair.model, pair.one)[0]
         other, told = exported(pair.model, pair.other)
         measured = bench(str(one), str(other), BenchOptions(tokens=16), lambda *_: None)
+        for side in ("dense", "pruned"):
+            measured[side]["source"] = Path(measured[side]["source"]).name  # a result is of no machine's folders
         with RESULTS.open("a") as file:
             file.write(json.dumps({"key": pair.key, "export": kept(told), "bench": measured}) + "\n")
         print(row(finished()[pair.key]), flush=True)
