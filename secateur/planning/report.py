@@ -9,11 +9,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from transformers.pytorch_utils import Conv1D
-
 from secateur.config import PruneConfig
 from secateur.core.sparsellm import SparseLLM
 from secateur.models.adapter import DecoderAdapter
+from secateur.models.linears import stored_transposed
 from secateur.planning.cost import Cost, forward
 from secateur.planning.cost_sparsellm import block_stages
 from secateur.planning.rates import Rates
@@ -165,7 +164,7 @@ def held_by(adapter: DecoderAdapter, rank: int) -> set[str]:
     found = {
         BRANCHES: rank > 0,
         EXPERTS: any(adapter.experts(block) for block in adapter.blocks),
-        CONV1D: any(isinstance(module, Conv1D) for module in adapter.model.modules()),
+        CONV1D: any(map(stored_transposed, adapter.model.modules())),
     }
     return {name for name, there in found.items() if there}
 
